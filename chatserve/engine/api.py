@@ -1,0 +1,126 @@
+"""What the front end and the engine say to each other: plain dataclasses, no tensors, no I/O.
+
+The session manager is written against `Engine`; the supervised child process and the doubles in the tests implement it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "max_output_tokens", "context_window", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    `seed` with the absolute position of a token in its session decides the draw, so a continuation is reproducible.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One unit of engine work. `token_ids` is the whole path of the session, ending in what must be answered.
+
+    The first `num_history` of them were part of an earlier request of this session, so only a hash of them travels.
+    The last `num_generated` were already generated for this very response (continued after an interruption).
+    `stop_token_ids` end the response; `max_output_tokens` counts from the response's start.
+    """
+
+    request_id: str
+    session_id: str
+    tenant: str
+    token_ids: Sequence[int]
+    num_history: int
+    max_output_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: Sequence[int] = ()
+    num_generated: int = 0
+    reuse: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Prefill is done. `cached_tokens` of the input came from the tier named; times in milliseconds."""
+
+    cached_tokens: dict[str, int]
+    queue_ms: float
+    restore_ms: float
+    prefill_ms: float
+    miss_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Newly generated token ids, in order, including a stop token when one was sampled."""
+
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The engine was replaced and goes on with this request from the tokens already reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request ended; nothing follows. `decode_ms` is the time from the first generated token to the last."""
+
+    reason: FinishReason
+    decode_ms: float
+
+
+Progress = Started | Tokens | Resumed | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine found when it started. `max_context` bounds prompt and reply of one session, in tokens."""
+
+    model: str
+    max_context: int
+    capacity_tokens: int
+    page_bytes: int
+    token_bytes: int
+    device: str
+    dtype: str
+    attention: str
+
+
+class Engine(Protocol):
+    """The engine as the session manager sees it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Progress]:
+        """Run one request: `Started`, then `Tokens` and perhaps `Resumed` in any order, then one `Finished`.
+
+        Raises `chatserve.errors.BadRequest` (`context_length_exceeded`), `Overloaded` (`queue_full`) or
+        `Unavailable` (`server_interrupted`: the engine died twice under this request).
+        Closing the iterator early cancels the request.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Ask for the request's end at the next step; its iterator then yields `Finished("cancelled")`."""
+        ...
+
+    def forget_session(self, session_id: str) -> None:
+        """Drop the session's tensor and token ids; its shared pages stay indexed until they are evicted."""
+        ...
+
+    async def cached_tokens(self, session_id: str) -> dict[str, int]:
+        """How many tokens of the session are held now, by tier (`device`, `host`, `disk`)."""
+        ...
