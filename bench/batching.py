@@ -1,0 +1,78 @@
+"""Tokens a second of 16 sessions decoding together against one, with histories of 100 and 2,000 tokens.
+
+Counted at the front end while all sessions decode, on the CPU with the bundled model, both in one run.
+
+    python bench/batching.py [--sessions 16] [--tokens 96]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+
+import torch
+
+from chatserve.engine.api import GenerationRequest, Tokens
+from chatserve.engine.client import EngineClient
+from chatserve.engine.config import EngineConfig
+
+HISTORIES = (100, 2000)
+AIM = 3.0  # at the shortest history
+FIRST_ORDINARY_TOKEN = 300
+
+
+def main() -> None:
+    """Measure and print; exit status 1 when the aim is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sessions", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=96)
+    arguments = parser.parse_args()
+    ratios = asyncio.run(measure(arguments.sessions, arguments.tokens))
+    print(f"aim at {HISTORIES[0]} tokens of history: at least {AIM:g}x")
+    raise SystemExit(0 if ratios[0] >= AIM else 1)
+
+
+async def measure(sessions: int, tokens: int) -> list[float]:
+    """The ratio of rates by history; alone, together and alone again, so that a drift of the machine shows."""
+    engine = EngineClient(EngineConfig(model="bundled"))
+    await engine.start()
+    ratios = []
+    print(f"{'history':>8} {'1 session':>12} {f'{sessions} sessions':>12} {'ratio':>7}   tokens a second")
+    try:
+        for history in HISTORIES:
+            await rate(engine, 1, history, tokens)  # warms up
+            alone = [await rate(engine, 1, history, 4 * tokens)]
+            together = await rate(engine, sessions, history, tokens)
+            alone.append(await rate(engine, 1, history, 4 * tokens))
+            ratios.append(together / (sum(alone) / 2))
+            print(f"{history:>8} {sum(alone) / 2:>12.1f} {together:>12.1f} {ratios[-1]:>7.2f}")
+    finally:
+        await engine.close()
+    return ratios
+
+
+async def rate(engine: EngineClient, sessions: int, history: int, tokens: int) -> float:
+    """Tokens a second of all sessions, from the moment the last one started to the first one's end."""
+    arrivals: list[list[float]] = [[] for _ in range(sessions)]
+    await asyncio.gather(*(decode(engine, index, history, tokens, arrivals[index]) for index in range(sessions)))
+    start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+    return sum(start < t <= end for times in arrivals for t in times) / (end - start)
+
+
+async def decode(engine: EngineClient, index: int, history: int, tokens: int, arrivals: list[float]) -> None:
+    """One session: prefill `history` tokens of its own, then decode; notes when each token arrived."""
+    ids = torch.randint(
+        FIRST_ORDINARY_TOKEN, FIRST_ORDINARY_TOKEN + 500, (history,), generator=torch.Generator().manual_seed(index)
+    )
+    request = GenerationRequest(
+        request_id=f"{history}-{index}", session_id=f"{history}-{index}", tenant="bench", token_ids=ids.tolist(),
+        num_history=0, max_output_tokens=tokens,
+    )  # fmt: skip
+    async for progress in engine.generate(request):
+        if isinstance(progress, Tokens):
+            arrivals.extend([time.perf_counter()] * len(progress.token_ids))
+
+
+if __name__ == "__main__":
+    main()

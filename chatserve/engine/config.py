@@ -1,0 +1,46 @@
+"""What the front end tells a fresh engine before anything else: one frozen, validated value that travels as a map."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from chatserve.errors import StartupError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to load the model and how much to hold.
+
+    `kv_device_bytes` bounds the physical KV memory; `max_context` (tokens, prompt and reply) defaults to the model's;
+    `max_step_tokens` bounds one step's prefill and decode together; `page_bytes` 0 derives it from the budget;
+    `num_threads` 0 leaves torch's default. `prefix_sharing` off exists for comparisons.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    kv_device_bytes: int = 2 << 30
+    max_context: int | None = None
+    max_step_tokens: int = 256
+    max_running: int = 64
+    max_waiting: int = 1024
+    page_bytes: int = 0
+    num_threads: int = 0
+    prefix_sharing: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("kv_device_bytes", "max_step_tokens", "max_running", "max_waiting"):
+            if getattr(self, name) <= 0:
+                raise StartupError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.device != "cpu":
+            raise StartupError(f"device {self.device!r} is not supported by this version; use --device cpu")
+
+    def as_map(self) -> dict[str, Any]:
+        """The fields as they travel to the engine."""
+        return asdict(self)
+
+    @classmethod
+    def from_map(cls, fields: dict[str, Any]) -> Self:
+        """The reverse of `as_map`."""
+        return cls(**fields)

@@ -1,0 +1,200 @@
+"""The engine without its process: commands in, a step, events out.
+
+A step is three verbs: schedule, run, commit. Commands and events are the lists that `wire` carries;
+`EngineCore.handle` and the `_*_event` functions at the end are the only places that know their shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from chatserve.engine.api import FinishReason, SamplingParams
+from chatserve.engine.history import HistoryTable
+from chatserve.engine.request import Request
+from chatserve.engine.runner import Runner
+from chatserve.engine.scheduler import Scheduler, Work
+from kvstore import KVStore
+
+RETRY_AFTER_MS = 1000
+Event = list[Any]
+
+
+class EngineCore:
+    """Owns the queue and the store; single-threaded. `step` does nothing when nothing waits or runs."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        runner: Runner,
+        *,
+        max_context: int,
+        max_step_tokens: int,
+        max_running: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.max_context = min(max_context, store.max_session_tokens)
+        self._runner = runner
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._history = HistoryTable()
+        self._requests: dict[str, Request] = {}
+        self._scheduler = Scheduler(
+            store, max_step_tokens=max_step_tokens, max_running=max_running, clock=clock
+        )
+        self._events: list[Event] = []
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._requests
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def handle(self, command: dict[str, Any]) -> None:
+        """Carry out one command of the front end; unknown verbs are a bug and raise KeyError."""
+        verbs: dict[str, Callable[[dict[str, Any]], None]] = {
+            "submit": self._submit,
+            "cancel": self._cancel,
+            "forget": self._forget,
+            "query": self._query,
+        }
+        verbs[command["verb"]](command)
+
+    def step(self) -> None:
+        """Schedule, run, commit."""
+        self._finish_cancelled()
+        work = self._scheduler.schedule()
+        if work:
+            self._commit(work, self._runner.run(work))
+
+    def _commit(self, work: list[Work], tokens: dict[Request, int]) -> None:
+        now = self._clock()
+        for item in work:
+            request = item.request
+            assert request.lease is not None
+            start = request.kv_length
+            request.lease.commit(request.token_ids[start : start + item.num_tokens])
+        for request, token in tokens.items():
+            if request.started_s is None:
+                request.started_s = now
+                self._events.append(_started_event(request, self._miss_reason(request)))
+            request.token_ids.append(token)
+            self._events.append(_tokens_event(request, token))
+            if request.finish_reason:
+                self._finish(request, request.finish_reason)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._scheduler.finish(request)
+        del self._requests[request.request_id]
+        self._history.remember(request.session_id, request.token_ids)
+        self._events.append(_finished_event(request, reason, self._clock()))
+
+    def _finish_cancelled(self) -> None:
+        for request in [r for r in self._scheduler.requests() if r.cancelled]:
+            self._finish(request, "cancelled")
+
+    def _submit(self, command: dict[str, Any]) -> None:
+        history = self._history.prefix(command["session_id"], command["num_history"], command["history_hash"])
+        sent_whole = command["num_history_sent"] == 0
+        if history is None and not sent_whole:
+            self._events.append(["need_tokens", command["request_id"]])
+            return
+        token_ids = command["token_ids"] if sent_whole else [*(history or []), *command["token_ids"]]
+        refusal = self._refusal(len(token_ids), command["num_generated"])
+        if refusal:
+            self._events.append(["refused", command["request_id"], *refusal])
+            return
+        self._enqueue(self._request(command, token_ids))
+
+    def _enqueue(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._scheduler.waiting.append(request)
+        if request.finish_reason:  # continued after an interruption that struck between its last token and its end
+            request.admitted_s = request.started_s = request.arrived_s
+            self._events.append(_started_event(request, None))
+            self._finish(request, request.finish_reason)
+
+    def _refusal(self, num_tokens: int, num_generated: int) -> tuple[str, str] | None:
+        if num_tokens - num_generated >= self.max_context:
+            text = (
+                f"the session has {num_tokens} tokens and at most {self.max_context} fit, reply included; "
+                "start a new session, fork at an earlier message, or raise --max-context or --kv-device-memory"
+            )
+            return "context_length_exceeded", text
+        if len(self._scheduler.waiting) >= self._max_waiting:
+            return "queue_full", f"{self._max_waiting} requests are waiting already; try again later"
+        return None
+
+    def _request(self, command: dict[str, Any], token_ids: list[int]) -> Request:
+        num_prompt = len(token_ids) - command["num_generated"]
+        asked = num_prompt + command["max_output_tokens"]
+        return Request(
+            request_id=command["request_id"],
+            session_id=command["session_id"],
+            salt=command["tenant"].encode(),
+            token_ids=token_ids,
+            num_prompt=num_prompt,
+            max_tokens=min(asked, self.max_context),
+            limit_reason="max_output_tokens" if asked <= self.max_context else "context_window",
+            sampling=SamplingParams(**command["sampling"]),
+            stop_token_ids=frozenset(command["stop_token_ids"]),
+            reuse=command["reuse"],
+            num_history=command["num_history"],
+            history_known=command["session_id"] in self._history,
+            arrived_s=self._clock(),
+        )
+
+    def _cancel(self, command: dict[str, Any]) -> None:
+        request = self._requests.get(command["request_id"])
+        if request:
+            request.cancelled = True
+
+    def _forget(self, command: dict[str, Any]) -> None:
+        session_id = command["session_id"]
+        for request in [r for r in self._requests.values() if r.session_id == session_id]:
+            self._finish(request, "cancelled")
+        self._history.forget(session_id)
+        self.store.drop_session(session_id)
+
+    def _query(self, command: dict[str, Any]) -> None:
+        self._events.append(["reply", command["query_id"], self._answer(command)])
+
+    def _answer(self, command: dict[str, Any]) -> Any:
+        if command["what"] == "cached_tokens":
+            return {"device": self.store.resident_tokens(command["session_id"])}
+        if command["what"] == "check_integrity":
+            self.store.check_integrity()
+            return "ok"
+        return self.store.stats().as_map()
+
+    def _miss_reason(self, request: Request) -> str | None:
+        """Why less of the history was there than could have been: the last sampled token never has a KV row."""
+        if request.num_cached_tokens >= request.num_history - 1:
+            return None
+        if not request.reuse:
+            return "input_changed"
+        return "evicted" if request.history_known else "not_saved"
+
+
+def _started_event(request: Request, miss_reason: str | None) -> Event:
+    assert request.admitted_s is not None
+    assert request.started_s is not None
+    queue_ms = (request.admitted_s - request.arrived_s) * 1000
+    prefill_ms = (request.started_s - request.admitted_s) * 1000
+    return ["started", request.request_id, {"device": request.num_cached_tokens}, queue_ms, 0.0, prefill_ms, miss_reason]
+
+
+def _tokens_event(request: Request, token: int) -> Event:
+    return ["tokens", request.request_id, [token]]
+
+
+def _finished_event(request: Request, reason: FinishReason, now: float) -> Event:
+    decode_ms = 0.0 if request.started_s is None else (now - request.started_s) * 1000
+    return ["finished", request.request_id, reason, decode_ms]

@@ -1,0 +1,266 @@
+"""Everything an operator can set for `chatserve serve`, in one validated, frozen class.
+
+Flags go before `CHATSERVE_` environment variables, these before `chatserve.toml`, this before the defaults. Flags and
+help are derived from the fields here; nothing else lists them. It knows no server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import TomlConfigSettingsSource as TomlSource
+
+from chatserve.errors import StartupError
+
+CONFIG_FILE = "chatserve.toml"
+ENV_PREFIX = "CHATSERVE_"
+MAX_DEFAULT_KV_BYTES = 4 << 30
+MIN_KV_BYTES = 1 << 20
+LOCAL_TENANT = "local"
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_KEY = re.compile(r"[!-~]{8,512}")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a field looks on the command line. `flag` defaults to the field's name; `repeat` collects values.
+
+    `default` describes a default that the help could not show by itself.
+    """
+
+    group: str
+    metavar: str | None = None
+    flag: str | None = None
+    default: str | None = None
+    repeat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One key and the tenant whose sessions it opens; the secret is never part of a text."""
+
+    tenant: str
+    secret: SecretStr
+
+
+def parse_size(value: Any) -> Any:
+    """`32k`, `4G`, `1.5GiB` or a plain number to an integer, with powers of 1,024; other types pass unchanged."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("not a size; write a number with an optional k, M, G or T, such as 32k or 4G")
+    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+def parse_api_key(text: str) -> ApiKey:
+    """`name=key` or `key`; a key without a name gets a tenant named by its hash. Raises ValueError."""
+    name, equals, key = text.partition("=")
+    if not (equals and key.strip("=") and _KEY_NAME.fullmatch(name)):  # base64 keys end in "=": no name there
+        name, key = "", text
+    if not _KEY.fullmatch(key):
+        raise ValueError("an API key needs 8 to 512 printable characters without spaces, written KEY or NAME=KEY")
+    tenant = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:16]
+    return ApiKey(tenant, SecretStr(key))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def default_kv_bytes() -> int:
+    """A quarter of the memory this process may use, at most 4 GiB."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
+    allowed = min(total, int(limit)) if limit.isdigit() else total
+    return min(allowed // 4, MAX_DEFAULT_KV_BYTES)
+
+
+def _split_commas(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)]
+
+
+class ServeSettings(BaseSettings):
+    """The settings of one server process; `load_settings` builds it and names faults as an operator reads them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, toml_file=CONFIG_FILE, extra="forbid", frozen=True, validate_default=True
+    )
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"api_keys", "redis_url"})
+
+    host: Annotated[str, Option("Network", "ADDRESS")] = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on; beyond this machine an API key is required."
+    )
+    port: Annotated[int, Option("Network", "PORT")] = Field(
+        8000, ge=0, le=65535, description="TCP port; 0 picks a free one."
+    )
+    api_keys: Annotated[Secrets, Option("Network", "[NAME=]KEY", flag="--api-key", default="none", repeat=True)] = (
+        Field((), description="Key that clients must present; its name is the tenant whose sessions it opens.")
+    )
+    insecure: Annotated[bool, Option("Network")] = Field(
+        False, description="Serve beyond this machine without any API key."
+    )
+    allowed_origins: Annotated[
+        Words, Option("Network", "ORIGIN", flag="--allowed-origin", default="own host only", repeat=True)
+    ] = Field((), description="Web origin, such as https://chat.example.org, whose pages may connect.")
+
+    data_dir: Annotated[Path, Option("Storage", "DIR")] = Field(
+        Path("chatserve-data"), description="Directory of everything that survives a restart."
+    )
+    redis_url: Annotated[str | None, Option("Storage", "URL", default="one started with the server")] = Field(
+        None, description="Redis to keep sessions in, such as redis://localhost:6379/0.", repr=False
+    )
+
+    model: Annotated[str, Option("Model", "NAME")] = Field(
+        "bundled", min_length=1, description="Hugging Face name or local directory of a model, or 'bundled'."
+    )
+    device: Annotated[Literal["auto", "cpu", "cuda"], Option("Model", "DEVICE")] = Field(
+        "auto", description="Where the model runs: auto or cpu (this version has no GPU engine)."
+    )
+    max_context: Annotated[Size | None, Option("Model", "TOKENS", default="the model's own")] = Field(
+        None, ge=16, description="Longest session, prompt and reply together, such as 32k."
+    )
+    kv_device_memory: Annotated[Size, Option("Model", "BYTES", default="a quarter of the memory, at most 4G")] = Field(
+        default_factory=default_kv_bytes, ge=MIN_KV_BYTES, description="Memory for attention history, such as 4G."
+    )
+
+    max_message_bytes: Annotated[Size, Option("Limits", "BYTES")] = Field(
+        1 << 20, ge=1 << 10, le=64 << 20, description="Largest message or request body taken from a client."
+    )
+    max_connection_sessions: Annotated[int, Option("Limits", "N")] = Field(
+        32, ge=1, description="Sessions that one connection may follow at a time."
+    )
+    max_key_connections: Annotated[int, Option("Limits", "N")] = Field(
+        64, ge=1, description="Connections that one API key may hold at a time."
+    )
+    max_connections: Annotated[int, Option("Limits", "N")] = Field(
+        1024, ge=1, description="Connections in all, also those that have not said hello yet."
+    )
+    max_running: Annotated[int, Option("Limits", "N")] = Field(
+        64, ge=1, description="Turns that generate at the same time; others wait."
+    )
+    max_waiting: Annotated[int, Option("Limits", "N")] = Field(
+        1024, ge=1, description="Turns that may wait; the next one is refused with queue_full."
+    )
+    resume_ttl_s: Annotated[float, Option("Limits", "SECONDS")] = Field(
+        600.0, ge=1, description="How long a finished reply can be replayed piece by piece."
+    )
+    drain_timeout_s: Annotated[float, Option("Limits", "SECONDS")] = Field(
+        20.0, ge=0, description="How long replies in progress may go on after SIGTERM."
+    )
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Option("Logging", "LEVEL")] = Field(
+        "info", description="Least severe level that is logged: debug, info, warning or error."
+    )
+    log_format: Annotated[Literal["console", "json"], Option("Logging", "FORMAT")] = Field(
+        "console", description="console, or json for one object a line."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, file: in this order, and nothing else."""
+        return init_settings, env_settings, TomlSource(settings_cls)
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        parsed = [parse_api_key(key.get_secret_value()) for key in keys]
+        for what, values in (
+            ("name", [key.tenant for key in parsed]),
+            ("key", [key.secret.get_secret_value() for key in parsed]),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"the same {what} is given twice; give each tenant one name and one key")
+        return keys
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin; write scheme and host only, as https://chat.example.org"
+                )
+        return tuple(origin.lower() for origin in origins)
+
+    @model_validator(mode="after")
+    def _refuse_open_server(self) -> ServeSettings:
+        if not (is_loopback(self.host) or self.api_keys or self.insecure):
+            raise ValueError(
+                f"host {self.host!r} is reachable from other machines and no API key is set: add --api-key KEY "
+                f"(or {ENV_PREFIX}API_KEYS), listen on 127.0.0.1, or accept the risk with --insecure"
+            )
+        return self
+
+    @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """The API keys with their tenants; none means that everyone is the tenant `local`."""
+        return tuple(parse_api_key(key.get_secret_value()) for key in self.api_keys)
+
+
+def option_of(name: str) -> Option:
+    """The command-line side of a field."""
+    return next(item for item in ServeSettings.model_fields[name].metadata if isinstance(item, Option))
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field, such as `--data-dir`."""
+    return option_of(name).flag or "--" + name.replace("_", "-")
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> ServeSettings:
+    """Settings from flags (field name to value as written), environment, file and defaults.
+
+    Raises StartupError with one line for each bad value: what it is, what is wrong, how to set it.
+    """
+    try:
+        return ServeSettings(**(flags or {}))
+    except ValidationError as error:
+        raise StartupError("\n".join(_describe(fault) for fault in error.errors())) from None
+    except (SettingsError, tomllib.TOMLDecodeError, OSError) as error:
+        raise StartupError(f"{CONFIG_FILE} or the environment cannot be read: {error}") from None
+
+
+def _describe(fault: ErrorDetails) -> str:
+    message = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return message
+    name = str(fault["loc"][0])
+    if name not in ServeSettings.model_fields:
+        return f"{name!r} in {CONFIG_FILE} is not a setting; `chatserve serve --help` lists them"
+    value = "(hidden)" if name in ServeSettings.secret_fields else repr(fault["input"])
+    remedy = f"Set it with {flag_of(name)}, {ENV_PREFIX}{name.upper()} or {name} in {CONFIG_FILE}"
+    return f"{name} = {value}: {message}. {remedy}: {ServeSettings.model_fields[name].description}"
