@@ -24,7 +24,7 @@ from chatserve.engine.config import EngineConfig
 from chatserve.pretrained import load_pretrained
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  # the backend must be chosen first
+from matplotlib import pyplot as plt
 
 HISTORIES = (256, 1024, 3500)
 NEW_TOKENS = 16
@@ -98,8 +98,8 @@ def measure_transformers(repeats: int) -> list[float]:
 def random_ids(count: int, *, seed: int) -> list[int]:
     """Ordinary token ids; which ones does not matter to the time."""
     generator = torch.Generator().manual_seed(seed)
-    ids: list[int] = torch.randint(FIRST_ORDINARY_TOKEN, FIRST_ORDINARY_TOKEN + 500, (count,), generator=generator).tolist()
-    return ids
+    ids = torch.randint(FIRST_ORDINARY_TOKEN, FIRST_ORDINARY_TOKEN + 500, (count,), generator=generator)
+    return list(ids.tolist())
 
 
 def print_table(columns: dict[str, list[float]]) -> None:

@@ -1,6 +1,6 @@
 """The errors a client can meet: one class per party who must act, each carrying a protocol code.
 
-`ServiceError` is turned into the wire's error object by the WebSocket and HTTP surfaces alike; nothing here knows either.
+`ServiceError` is turned into the wire's error object by the WebSocket and HTTP surfaces alike; this knows neither.
 """
 
 from __future__ import annotations

@@ -202,6 +202,11 @@ class Chat:
         return cls(rng, words, Style.draw(rng), Keys(rng, words))
 
     @property
+    def chars(self) -> int:
+        """How long the conversation is."""
+        return sum(len(message.text) for message in self.messages)
+
+    @property
     def last_tag(self) -> str:
         return self.messages[-1].tag if self.messages else ""
 

@@ -50,7 +50,7 @@ class EngineChild:
             [[kind, payload]] = await channel.receive()
         except ChannelClosed:
             status = await process.wait()
-            raise StartupError(f"the engine ended with status {status} while starting; its log above says why") from None
+            raise StartupError(f"the engine ended with status {status} at its start; its log above says why") from None
         except asyncio.CancelledError:
             await _end(process, channel)
             raise

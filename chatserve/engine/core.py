@@ -42,9 +42,7 @@ class EngineCore:
         self._clock = clock
         self._history = HistoryTable()
         self._requests: dict[str, Request] = {}
-        self._scheduler = Scheduler(
-            store, max_step_tokens=max_step_tokens, max_running=max_running, clock=clock
-        )
+        self._scheduler = Scheduler(store, max_step_tokens=max_step_tokens, max_running=max_running, clock=clock)
         self._events: list[Event] = []
 
     @property
@@ -188,7 +186,8 @@ def _started_event(request: Request, miss_reason: str | None) -> Event:
     assert request.started_s is not None
     queue_ms = (request.admitted_s - request.arrived_s) * 1000
     prefill_ms = (request.started_s - request.admitted_s) * 1000
-    return ["started", request.request_id, {"device": request.num_cached_tokens}, queue_ms, 0.0, prefill_ms, miss_reason]
+    cached = {"device": request.num_cached_tokens}
+    return ["started", request.request_id, cached, queue_ms, 0.0, prefill_ms, miss_reason]
 
 
 def _tokens_event(request: Request, token: int) -> Event:

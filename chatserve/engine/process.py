@@ -88,7 +88,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
     pretrained = load_pretrained(config.model)
     model = model_config(pretrained)
     dtype = _dtype(config)
-    decoder = load_decoder(pretrained, model, dtype=dtype, device=config.device)
+    decoder = load_decoder(pretrained, model, dtype=dtype, device=torch.device(config.device))
     store = _build_store(config, model, pretrained, dtype)
     core = EngineCore(
         store,

@@ -43,6 +43,9 @@ class Runner:
                 sampling.append(request)
                 logit_rows.append(len(input_ids) - 1)
         step = self._attention.plan(spans, torch.tensor(rows))
-        logits = self._decoder(torch.tensor(input_ids), torch.tensor(positions), step, torch.tensor(logit_rows).long())
-        tokens = sample(logits, [r.sampling for r in sampling], [len(r.token_ids) for r in sampling]) if sampling else []
+        last_rows = torch.tensor(logit_rows, dtype=torch.int64)
+        logits = self._decoder(torch.tensor(input_ids), torch.tensor(positions), step, last_rows)
+        if not sampling:
+            return {}
+        tokens = sample(logits, [r.sampling for r in sampling], [len(r.token_ids) for r in sampling])
         return dict(zip(sampling, tokens, strict=True))

@@ -20,7 +20,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     if drawn:
         chosen = _draw(logits[drawn].float(), [params[row] for row in drawn], [positions[row] for row in drawn])
         tokens[drawn] = chosen
-    return tokens.tolist()  # type: ignore[no-any-return]  # torch types tolist as Any
+    return list(tokens.tolist())
 
 
 def uniform(seed: int, position: int) -> float:

@@ -30,9 +30,7 @@ class Scheduler:
     delays a short one by no more than its share. The oldest running request is never preempted, hence progress.
     """
 
-    def __init__(
-        self, store: KVStore, *, max_step_tokens: int, max_running: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, store: KVStore, *, max_step_tokens: int, max_running: int, clock: Callable[[], float]) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._store = store
@@ -61,7 +59,7 @@ class Scheduler:
         yield from self.waiting
 
     def _admit(self) -> None:
-        """Admit in order of arrival; one that waits for a leader lets others pass, one that waits for memory does not."""
+        """Admit in order of arrival. Who waits for a leader lets others pass; who waits for memory does not."""
         blocked: list[Request] = []
         while self.waiting and len(self.running) < self._max_running:
             request = self.waiting.popleft()
@@ -84,7 +82,7 @@ class Scheduler:
         return True
 
     def _lease_whole_prompt(self, request: Request) -> Lease | None:
-        """Rows for every token the request has now, or None with nothing held: two half-admitted ones could deadlock."""
+        """Rows for every token the request has, or None with nothing held: two half-admitted ones could deadlock."""
         try:
             lease = self._store.lease(request.session_id, request.salt, request.token_ids, reuse=request.reuse)
         except OutOfPages:

@@ -24,7 +24,7 @@ class ChannelClosed(Exception):
 
 def pack_frame(message: Any) -> bytes:
     """One message as it travels; raises ValueError above `MAX_FRAME_BYTES`."""
-    body = msgpack.packb(message)
+    body: bytes = msgpack.packb(message)
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"a message of {len(body)} bytes exceeds the {MAX_FRAME_BYTES} bytes one frame may hold")
     return _HEADER.pack(len(body)) + body

@@ -48,7 +48,9 @@ class Access:
         `Host` is checked on loopback only: a page whose name was rebound to 127.0.0.1 carries its own name there.
         """
         if self._check_host and not self._is_own_host(host):
-            raise Forbidden(f"host {host!r} is not this server's; use localhost, or allow the origin with --allowed-origin")
+            raise Forbidden(
+                f"host {host!r} is not this server's; use localhost, or allow the origin with --allowed-origin"
+            )
         if origin is not None and not self._is_allowed_origin(origin, host):
             raise Forbidden(f"origin {origin!r} may not connect; allow it with --allowed-origin")
 

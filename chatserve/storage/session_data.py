@@ -144,7 +144,8 @@ def pack_changes(changes: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str
     """
     for name in changes:
         if name not in _PACK or name in _OWN_FIELDS:
-            raise ValueError(f"cannot change {name!r} of a session; one of {sorted(set(_PACK) - _OWN_FIELDS)} is expected")
+            allowed = ", ".join(sorted(set(_PACK) - _OWN_FIELDS))
+            raise ValueError(f"an append cannot change {name!r} of a session; it can change {allowed}")
     packed = {name: _PACK[name](value) for name, value in changes.items()}
     kept = {name: value for name, value in packed.items() if value is not None}
     return kept, [name for name, value in packed.items() if value is None]
@@ -158,6 +159,10 @@ def unpack_meta(row: Mapping[bytes, bytes]) -> SessionMeta:
 
 def _pack_text(value: str | None) -> bytes | None:
     return None if value is None else value.encode()
+
+
+def _unpack_text(value: bytes) -> str:
+    return value.decode()
 
 
 def _pack_int(value: int) -> bytes:
@@ -179,8 +184,8 @@ _TEXTS = tuple(name for name in _META_FIELDS if name not in (*_INTS, *_FLAGS, *_
 _PACK: dict[str, Callable[[Any], bytes | None]] = (
     dict.fromkeys(_TEXTS, _pack_text) | dict.fromkeys((*_INTS, *_FLAGS), _pack_int) | dict.fromkeys(_MAPS, _pack_map)
 )
-_UNPACK: dict[str, Callable[[bytes], Any]] = (
-    dict.fromkeys(_TEXTS, bytes.decode)
+_UNPACK: Mapping[str, Callable[[bytes], Any]] = (
+    dict.fromkeys(_TEXTS, _unpack_text)
     | dict.fromkeys(_INTS, int)
     | dict.fromkeys(_FLAGS, _unpack_flag)
     | dict.fromkeys(_MAPS, msgpack.unpackb)

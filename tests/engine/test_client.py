@@ -37,9 +37,8 @@ async def engine(checkpoint):
 
 def request(name: str, token_ids, **fields) -> GenerationRequest:
     """A greedy request that only its length ends."""
-    settings = {"num_history": 0, "max_output_tokens": 40} | fields
-    return GenerationRequest(request_id=name, session_id=fields.pop("session_id", name), tenant="t",
-                             token_ids=list(token_ids), **{k: v for k, v in settings.items() if k != "session_id"})  # fmt: skip
+    settings = {"session_id": name, "num_history": 0, "max_output_tokens": 40} | fields
+    return GenerationRequest(request_id=name, tenant="t", token_ids=list(token_ids), **settings)
 
 
 async def collect(engine, a_request, on_progress=None):
@@ -93,7 +92,8 @@ async def test_killed_engine_continues_the_same_text(engine):
     """kill -9 in mid-answer: another engine goes on, and the whole reply equals the undisturbed one."""
     reference = tokens_of(await collect(engine, request("ref", range(10, 60), max_output_tokens=200)))
 
-    items = await collect(engine, request("r", range(10, 60), max_output_tokens=200), signal_once(engine, signal.SIGKILL))
+    a_request = request("r", range(10, 60), max_output_tokens=200)
+    items = await collect(engine, a_request, signal_once(engine, signal.SIGKILL))
     assert any(isinstance(item, Resumed) for item in items)
     assert tokens_of(items) == reference
 
@@ -101,9 +101,10 @@ async def test_killed_engine_continues_the_same_text(engine):
 async def test_killed_engine_continues_sampled_text(engine):
     """The same with temperature: draws are keyed by seed and position, so the continuation repeats them."""
     sampling = SamplingParams(temperature=1.0, seed=11)
-    reference = tokens_of(await collect(engine, request("ref", range(10, 60), max_output_tokens=120, sampling=sampling)))
-    a_request = request("r", range(10, 60), max_output_tokens=120, sampling=sampling)
-    assert tokens_of(await collect(engine, a_request, signal_once(engine, signal.SIGKILL))) == reference
+    fields = {"max_output_tokens": 120, "sampling": sampling}
+    reference = tokens_of(await collect(engine, request("ref", range(10, 60), **fields)))
+    items = await collect(engine, request("r", range(10, 60), **fields), signal_once(engine, signal.SIGKILL))
+    assert tokens_of(items) == reference
 
 
 async def test_second_death_fails_the_request(engine):

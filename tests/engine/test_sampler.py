@@ -31,7 +31,13 @@ def test_draws_follow_the_distribution():
 
 @pytest.mark.parametrize(
     ("params", "allowed"),
-    [({"top_k": 1}, {1}), ({"top_k": 2}, {1, 2}), ({"top_p": 0.6}, {1}), ({"top_p": 0.7}, {1, 2}), ({"min_p": 0.3}, {1, 2})],
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 2}, {1, 2}),
+        ({"top_p": 0.6}, {1}),
+        ({"top_p": 0.7}, {1, 2}),
+        ({"min_p": 0.3}, {1, 2}),
+    ],
 )
 def test_filters_leave_only_the_allowed(params, allowed):
     """top-k, top-p and min-p leave exactly the tokens their definitions name."""
@@ -42,7 +48,8 @@ def test_draw_depends_on_seed_and_position_only():
     """The same row at another place of another batch draws the same token."""
     params = SamplingParams(temperature=1.5, seed=3)
     alone = sample(LOGITS, [params], [41])
-    batch = sample(LOGITS.expand(3, -1), [SamplingParams(), params, SamplingParams(temperature=1.0, seed=9)], [5, 41, 6])
+    others = [SamplingParams(), params, SamplingParams(temperature=1.0, seed=9)]
+    batch = sample(LOGITS.expand(3, -1), others, [5, 41, 6])
     assert batch[1:2] == alone
 
 

@@ -59,7 +59,8 @@ def answer(core, session_id, token_ids):
 def user_turn(tokenizer, text, *, first=False):
     """The ids one user message adds to its session."""
     start = "" if first else "<|im_end|>\n"
-    return tokenizer.encode(f"{start}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+    piece = f"{start}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    return tokenizer.encode(piece, add_special_tokens=False)
 
 
 def converse(core, plain, tokenizer, lines, session_id="s"):
@@ -90,7 +91,7 @@ def test_batched_equals_alone(plain, tokenizer):
     generator = random.Random(5)
     prompts = {}
     for index in range(12):
-        lines = generator.sample(FACTS, 3) + [generator.choice(QUESTIONS)]
+        lines = [*generator.sample(FACTS, 3), generator.choice(QUESTIONS)]
         prompts[f"r{index}"] = [token for line in lines for token in user_turn(tokenizer, line)]
         submit(core, f"r{index}", f"s{index}", prompts[f"r{index}"], max_output_tokens=REPLY_TOKENS)
     events = run_until_idle(core)

@@ -1,0 +1,24 @@
+"""What the surfaces of one server process work with, put together by `compose` and given to the application."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from chatserve.engine.api import Engine
+from chatserve.server.access import Access
+from chatserve.server.hub import Hub
+from chatserve.sessions.manager import SessionManager
+from chatserve.settings import ServeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts behind HTTP and WebSocket. `ping_store` raises Unavailable while sessions cannot be stored."""
+
+    settings: ServeSettings
+    sessions: SessionManager
+    engine: Engine
+    hub: Hub
+    access: Access
+    ping_store: Callable[[], Awaitable[None]]
