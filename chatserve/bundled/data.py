@@ -278,7 +278,7 @@ class Chat:
         if rng.random() < 0.22:
             template = f"{rng.choice(p.TELL_OPENERS)} {template}"
         if rng.random() < 0.08:
-            template += rng.choice(p.TELL_CLOSERS).replace(" ,", ",")
+            template = f"{template} {rng.choice(p.TELL_CLOSERS)}".replace(" ,", ",")
         said = self.mention(key, possessive=bool(owned))
         mark = rng.choice((".", ".", ".", "!"))
         user = self.typed(template, mark, k=said, n=key.noun, v=value)

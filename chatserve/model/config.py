@@ -129,12 +129,12 @@ def _refusals(source: Any) -> Iterator[str]:
 
 
 def _refuse_experts(source: Any) -> Iterator[str]:
-    for field in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if getattr(source, field, None):
-            yield (
-                f"{source.model_type} is a mixture of experts ({field}={getattr(source, field)}), which is not "
-                "supported; choose a dense Llama, Mistral, Qwen2 or Qwen3 checkpoint"
-            )
+    counts = [getattr(source, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")]
+    if any(counts):
+        yield (
+            f"{source.model_type} is a mixture of {next(filter(None, counts))} experts, which is not supported; "
+            "choose a dense Llama, Mistral, Qwen2 or Qwen3 checkpoint"
+        )
 
 
 def _refuse_architecture(source: Any) -> Iterator[str]:

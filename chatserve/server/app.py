@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and the checks that every request passes. It is made from ready parts, see `compose`."""
+"""The ASGI application: routes, and the checks that every request passes. `compose` makes the parts behind it."""
 
 from __future__ import annotations
 

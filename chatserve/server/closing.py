@@ -20,7 +20,7 @@ class CloseCode(IntEnum):
     TOO_MANY_CONNECTIONS = 4429
 
 
-class Closing(Exception):
+class ClosingError(Exception):
     """This connection has to end, with a code and a reason for the peer."""
 
     def __init__(self, code: CloseCode, reason: str) -> None:
@@ -32,5 +32,5 @@ class Closing(Exception):
         return f"{self.code.value} {self.reason}"
 
 
-class PeerGone(Exception):
+class PeerGoneError(Exception):
     """The peer closed the connection or its network went away."""

@@ -17,7 +17,7 @@ from chatserve.errors import BadRequest, Overloaded, ServiceError, Unauthorized
 from chatserve.protocol import events
 from chatserve.protocol.codec import Encoding, decode_command, encode
 from chatserve.protocol.commands import Command, Hello
-from chatserve.server.closing import CloseCode, Closing, PeerGone
+from chatserve.server.closing import CloseCode, ClosingError, PeerGoneError
 from chatserve.server.dispatch import Dispatcher, internal_error
 from chatserve.server.following import Following
 from chatserve.server.outbox import Outbox
@@ -57,7 +57,7 @@ class Connection:
         self._stuck_timeout_s = stuck_timeout_s
         self._tenant: str | None = None
         self._outbox = Outbox(MAX_UNSENT_BYTES)
-        self._closing: asyncio.Future[Closing] = asyncio.get_running_loop().create_future()
+        self._closing: asyncio.Future[ClosingError] = asyncio.get_running_loop().create_future()
         self._following = Following(
             services.sessions, self._outbox, encoding, services.settings.max_connection_sessions
         )
@@ -75,7 +75,7 @@ class Connection:
     def close_soon(self, code: int, reason: str) -> None:
         """Begin to close; what is queued already is sent before, as far as the peer takes it in time."""
         if not self._closing.done():
-            self._closing.set_result(Closing(CloseCode(code), reason))
+            self._closing.set_result(ClosingError(CloseCode(code), reason))
 
     async def run(self) -> None:
         """Serve until either side ends it."""
@@ -83,7 +83,8 @@ class Connection:
         writer = asyncio.create_task(self._write(), name=f"{self.connection_id}-writer")
         try:
             with self._services.hub.joined(self):
-                done, _ = await asyncio.wait({reader, writer, self._closing}, return_when=asyncio.FIRST_COMPLETED)
+                ends: set[asyncio.Future[Any]] = {reader, writer, self._closing}
+                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 await _end(reader)
                 await self._following.close()
                 await self._close(_why(done))
@@ -92,12 +93,12 @@ class Connection:
             await asyncio.gather(_end(reader), _end(writer), self._following.close())
 
     async def _read(self) -> None:
-        """Hello, then one command after the other. Always ends in Closing or PeerGone."""
+        """Hello, then one command after the other. Always ends in ClosingError or PeerGoneError."""
         try:
             async with asyncio.timeout(self._hello_timeout_s):
                 hello = await self._receive_hello()
         except TimeoutError:
-            raise Closing(CloseCode.HELLO_TIMEOUT, f"no hello within {self._hello_timeout_s:g} s") from None
+            raise ClosingError(CloseCode.HELLO_TIMEOUT, f"no hello within {self._hello_timeout_s:g} s") from None
         tenant = self._authenticate(hello)
         try:
             with self._services.hub.admitted(tenant):
@@ -105,7 +106,7 @@ class Connection:
                 await self._converse(tenant, hello)
         except Overloaded as refusal:
             await self._send(events.error(refusal.as_object()))
-            raise Closing(CloseCode.TOO_MANY_CONNECTIONS, refusal.message) from None
+            raise ClosingError(CloseCode.TOO_MANY_CONNECTIONS, refusal.message) from None
         finally:
             self._tenant = None
 
@@ -115,14 +116,14 @@ class Connection:
             return command
         refusal = BadRequest("the first command of a connection must be hello", code="bad_message")
         await self._send(events.error(refusal.as_object(), command_id=command.id))
-        raise Closing(CloseCode.BAD_MESSAGE, refusal.message)
+        raise ClosingError(CloseCode.BAD_MESSAGE, refusal.message)
 
     def _authenticate(self, hello: Hello) -> str:
         try:
             return self._services.access.tenant(hello.token or self._bearer)
         except Unauthorized as refusal:
             self._outbox.put_notice(encode(events.error(refusal.as_object(), command_id=hello.id), self._encoding))
-            raise Closing(CloseCode.UNAUTHORIZED, refusal.message) from None
+            raise ClosingError(CloseCode.UNAUTHORIZED, refusal.message) from None
 
     async def _converse(self, tenant: str, hello: Hello) -> None:
         dispatcher = Dispatcher(self._services, self._following, tenant)
@@ -143,12 +144,12 @@ class Connection:
                 command_id = getattr(refusal, "command_id", None)
                 await self._send(events.error(refusal.as_object(), command_id=command_id))
                 if refusal.code in _FATAL_CODES:
-                    raise Closing(CloseCode.BAD_MESSAGE, refusal.message) from None
+                    raise ClosingError(CloseCode.BAD_MESSAGE, refusal.message) from None
 
     async def _next_message(self) -> bytes | str:
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
-            raise PeerGone
+            raise PeerGoneError
         data: bytes | str | None = message.get("bytes")
         return message["text"] if data is None else data
 
@@ -168,16 +169,16 @@ class Connection:
                     await self._transmit(message)
             except TimeoutError:
                 reason = f"nothing was read for {self._stuck_timeout_s:g} s"
-                raise Closing(CloseCode.TRY_AGAIN_LATER, reason) from None
+                raise ClosingError(CloseCode.TRY_AGAIN_LATER, reason) from None
             self._outbox.sent()
 
     async def _transmit(self, message: bytes | str) -> None:
         try:
             await (self._socket.send_text(message) if isinstance(message, str) else self._socket.send_bytes(message))
         except (WebSocketDisconnect, RuntimeError):  # uvicorn raises the latter once it closed on a protocol error
-            raise PeerGone from None
+            raise PeerGoneError from None
 
-    async def _close(self, why: Closing | None) -> None:
+    async def _close(self, why: ClosingError | None) -> None:
         """Send the rest and the close frame; a peer that does not take them is cut off."""
         if why is None:
             return
@@ -213,13 +214,13 @@ async def _end(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _why(done: set[asyncio.Future[Any]]) -> Closing | None:
+def _why(done: set[asyncio.Future[Any]]) -> ClosingError | None:
     """The reason to close with; None where the peer has gone and nobody is left to be told."""
     ends = [future.exception() or future.result() for future in done]
-    if any(isinstance(end, PeerGone) for end in ends):
+    if any(isinstance(end, PeerGoneError) for end in ends):
         return None
     for end in ends:
-        if isinstance(end, Closing):
+        if isinstance(end, ClosingError):
             return end
     logger.error("a connection failed", exc_info=ends[0])
-    return Closing(CloseCode.INTERNAL_ERROR, internal_error().message)
+    return ClosingError(CloseCode.INTERNAL_ERROR, internal_error().message)

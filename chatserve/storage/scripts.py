@@ -47,11 +47,11 @@ local function current_run_id()
 end
 """
 
-# KEYS: meta, msgs, log, tenant's list, active sessions, [keys, keytimes]
+# KEYS: meta, msgs, log, active sessions, [keys, keytimes]. The tenant's list is found through the session's tenant.
 COMMIT = Script(
     _RUN_ID
     + """
-local meta, msgs, log, list, active, keys, keytimes = unpack(KEYS)
+local meta, msgs, log, active, keys, keytimes = unpack(KEYS)
 local new = cmsgpack.unpack(ARGV[1])
 
 local function last_entry_is_ours()
@@ -97,7 +97,10 @@ local function write()
   redis.call('HSET', meta, unpack(new.set))
   if new.create then redis.call('HSET', meta, 'run_id', current_run_id()) end
   if #new.remove > 0 then redis.call('HDEL', meta, unpack(new.remove)) end
-  if new.updated_at then redis.call('ZADD', list, new.updated_at, new.session_id) end
+  if new.updated_at then
+    local list = 'tenant:{' .. redis.call('HGET', meta, 'tenant') .. '}:sessions'
+    redis.call('ZADD', list, new.updated_at, new.session_id)
+  end
   if new.active == 'begin' then redis.call('SADD', active, new.session_id) end
   if new.active == 'end' then redis.call('SREM', active, new.session_id) end
   if keys then keep_key() end

@@ -126,11 +126,11 @@ class SessionStore:
         """
         _check_contiguous(entries, first_seq=1)
         row = pack_meta(meta) | {"fence": self._instance_id.encode(), "head_seq": b"%d" % len(entries)}
-        new = _commit(meta.id, entries, messages, row, [], updated_at=meta.updated_at)
-        new["create"] = True
+        new = _commit(meta.id, entries, messages, row)
+        new |= {"create": True, "updated_at": str(meta.updated_at)}
         if meta.active is not None:
             new["active"] = "begin"
-        return await self._commit(meta.id, meta.tenant, new, key)
+        return await self._commit(new, key)
 
     async def append(
         self,
@@ -141,20 +141,175 @@ class SessionStore:
         messages: Iterable[MessageRecord] = (),
         meta: Mapping[str, Any] = _NO_CHANGES,
         key: IdempotencyKey | None = None,
-        tenant: str = "",
     ) -> StoredKey | None:
-        """Append events (seq from `expected_head + 1`), store messages whole and change fields of the session, in one step.
+        """Append events (seq from `expected_head + 1`), store messages whole, change fields of the session: one step.
 
         The session moves up its tenant's list when `meta` holds `updated_at`, and is among `active_sessions` as long
-        as `active` is not None. Gives what was stored under `key` if it was used before, and then writes nothing.
+        as its `active` is not None. Gives what was stored under `key` if it was used before, and then writes nothing.
         After `StorageUnavailable` send the same append again: what is there already is not written twice. Raises
         `FenceLost`, `IdempotencyConflict`, or `NotFound` for a session that was deleted.
         """
         _check_contiguous(entries, first_seq=expected_head + 1)
         row, removed = pack_changes(meta)
         row["head_seq"] = b"%d" % (expected_head + len(entries))
-        new = _commit(session_id, entries, messages, row, removed, updated_at=meta.get("updated_at"))
-        new |= {"fence": self._instance_id, "expected_head": str(expected_head)}
+        new = _commit(session_id, entries, messages, row)
+        new |= {"remove": removed, "fence": self._instance_id, "expected_head": str(expected_head)}
+        if "updated_at" in meta:
+            new["updated_at"] = str(meta["updated_at"])
         if "active" in meta:
             new["active"] = "end" if meta["active"] is None else "begin"
-        return await self._commit(session_id, tenant, new, key)
+        return await self._commit(new, key)
+
+    async def take_fence(self, session_id: str, acknowledged_head: int | None = None) -> SessionMeta:
+        """Make this instance the session's only writer and give its present state, in a new epoch where that is due.
+
+        `acknowledged_head` is the head that this instance saw acknowledged, where it held the session before; None
+        where it did not. Raises `NotFound` for no such session.
+        """
+        known = "" if acknowledged_head is None else str(acknowledged_head)
+        arguments = (self._instance_id, int(self._durable), known)
+        row = await self._run_script(TAKE_FENCE, [session_key(session_id, "meta")], *arguments)
+        if row is None:
+            raise _no_session(session_id)
+        return unpack_meta(dict(zip(row[::2], row[1::2], strict=True)))
+
+    async def find_key(self, scope: str, key: str) -> StoredKey | None:
+        """What was stored under an idempotency key, for 24 hours at least."""
+        packed = await self._execute("HGET", scope_keys(scope)[0], key)
+        return None if packed is None else unpack_key(packed)
+
+    async def load_meta(self, session_id: str) -> SessionMeta | None:
+        """The session without its messages; None for no such session."""
+        row = await self._execute("HGETALL", session_key(session_id, "meta"))
+        return unpack_meta(row) if row else None
+
+    async def load_messages(self, session_id: str) -> dict[str, MessageRecord]:
+        """All messages of the session by id, oldest first; empty for no such session."""
+        packed = await self._execute("HVALS", session_key(session_id, "msgs"))
+        messages = sorted((unpack_message(row) for row in packed), key=lambda message: message.created_at)
+        return {message.id: message for message in messages}
+
+    async def read_log(self, session_id: str, after_seq: int, limit: int) -> list[LogEntry]:
+        """At most `limit` events after `after_seq`, in order; trimmed ones are missing at the front."""
+        log = session_key(session_id, "log")
+        rows = await self._execute("XRANGE", log, f"{after_seq + 1}-0", "+", "COUNT", limit)
+        return [_log_entry(entry_id, entry_fields) for entry_id, entry_fields in rows]
+
+    async def first_seq(self, session_id: str) -> int | None:
+        """The oldest event still in the log; None when there is none."""
+        entries = await self.read_log(session_id, 0, 1)
+        return entries[0].seq if entries else None
+
+    async def trim_log(self, session_id: str, min_seq: int) -> None:
+        """Drop the events before `min_seq`."""
+        await self._execute("XTRIM", session_key(session_id, "log"), "MINID", "=", f"{min_seq}-0")
+
+    async def list_sessions(self, tenant: str, limit: int = 50, before: str | None = None) -> list[SessionMeta]:
+        """The tenant's sessions, last updated first; `before` is the id of the last session of the page before.
+
+        Raises `BadRequest` where `before` is not in the tenant's list.
+        """
+        first = 0 if before is None else await self._rank(tenant, before) + 1
+        ids = await self._execute("ZREVRANGE", tenant_key(tenant), first, first + limit - 1)
+        rows = await self._pipeline([("HGETALL", session_key(session_id.decode(), "meta")) for session_id in ids])
+        return [unpack_meta(row) for row in rows if row]
+
+    async def active_sessions(self) -> list[str]:
+        """The ids of all sessions with a running response, of every tenant."""
+        return sorted(session_id.decode() for session_id in await self._execute("SMEMBERS", ACTIVE_SESSIONS))
+
+    async def delete(self, session_id: str, tenant: str) -> bool:
+        """Delete the session with everything it holds; False if the tenant has no such session."""
+        shared = [session_key(session_id, "meta"), tenant_key(tenant), ACTIVE_SESSIONS, RECORD_CHANGES]
+        own = [session_key(session_id, part) for part in ("msgs", "log", "record")]
+        return bool(await self._run_script(DELETE, [*shared, *own, *scope_keys(session_id)], session_id, tenant))
+
+    async def _commit(self, new: dict[str, Any], key: IdempotencyKey | None) -> StoredKey | None:
+        session_id = new["session_id"]
+        keys = [*(session_key(session_id, part) for part in ("meta", "msgs", "log")), ACTIVE_SESSIONS]
+        if key is not None:
+            keys += scope_keys(key.scope)
+            new |= {"key": key.key, "key_value": pack_key(key), "key_lifetime_s": KEY_LIFETIME_S}
+        # Plain strings, not msgpack's binary type: the Lua side knows one kind of string only.
+        answer = await self._writer.run(keys, cast(bytes, msgpack.packb(new, use_bin_type=False)))
+        return _outcome(answer, session_id, key)
+
+    async def _rank(self, tenant: str, session_id: str) -> int:
+        rank = await self._execute("ZREVRANK", tenant_key(tenant), session_id)
+        if rank is None:
+            raise BadRequest(f"no session {session_id!r} to go on after; list from the start", param="before")
+        return cast(int, rank)
+
+    async def _run_script(self, script: Script, keys: Sequence[bytes], *arguments: str | int) -> Any:
+        try:
+            return await self._execute("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        except NoScriptError:
+            return await self._execute("EVAL", script.source, len(keys), *keys, *arguments)
+
+    async def _execute(self, *command: Any) -> Any:
+        return (await self._pipeline([command]))[0]
+
+    async def _pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        self._health.check()
+        pipeline = self._redis.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        try:
+            return list(await pipeline.execute())
+        except (RedisError, OSError) as error:
+            if is_away(error):
+                raise self._health.lost(error) from error
+            raise
+
+
+def _check_contiguous(entries: Sequence[LogEntry], first_seq: int) -> None:
+    for seq, entry in enumerate(entries, first_seq):
+        if entry.seq != seq:
+            raise ValueError(f"event {entry.seq} stands where {seq} is expected; a log has no gaps")
+
+
+def _commit(
+    session_id: str, entries: Sequence[LogEntry], messages: Iterable[MessageRecord], row: Mapping[str, bytes]
+) -> dict[str, Any]:
+    return {
+        "session_id": session_id,
+        "entries": [(f"{entry.seq}-0", entry.wire, pack_token_ids(entry.token_ids)) for entry in entries],
+        "messages": [(message.id, pack_message(message)) for message in messages],
+        "set": [item for pair in row.items() for item in pair],
+        "remove": [],
+    }
+
+
+def _outcome(answer: list[bytes], session_id: str, key: IdempotencyKey | None) -> StoredKey | None:
+    """What a commit's answer means to its caller; see `scripts.COMMIT`."""
+    status, detail = answer[0], b"".join(answer[1:])
+    if status == b"duplicate" and key is not None:
+        return _same_body(unpack_key(detail), key)
+    if status not in (b"written", b"done"):
+        raise _refused(status.decode(), detail.decode(), session_id)
+    return None
+
+
+def _refused(status: str, detail: str, session_id: str) -> Exception:
+    refusals: dict[str, Exception] = {
+        "missing": _no_session(session_id),
+        "exists": Conflict(f"there is a session {session_id!r} already; use another id", code="invalid_value"),
+        "fence": FenceLost(f"session {session_id!r} is held by another server ({detail}); connect again"),
+        "head": FenceLost(f"session {session_id!r} stands at event {detail}, not where this append expects it"),
+    }
+    return refusals[status]
+
+
+def _same_body(stored: StoredKey, key: IdempotencyKey) -> StoredKey:
+    if stored.body_hash != key.body_hash:
+        raise IdempotencyConflict(f"key {key.key!r} was used for another body; make a new key", param="key")
+    return stored
+
+
+def _no_session(session_id: str) -> NotFound:
+    return NotFound(f"there is no session {session_id!r}", param="session_id")
+
+
+def _log_entry(entry_id: bytes, entry_fields: Mapping[bytes, bytes]) -> LogEntry:
+    token_ids = tuple(unpack_token_ids(entry_fields[b"t"]))
+    return LogEntry(int(entry_id.partition(b"-")[0]), entry_fields[b"w"], token_ids)

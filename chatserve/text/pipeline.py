@@ -124,7 +124,8 @@ class TextPipeline:
         _, control, rest = self._encoder.split_first_control(pieces.before_user)
         ended = bool(control) and history[-1:] == [self._encoder.control_id(control)]
         before = Markup(rest) if ended else Markup(pieces.before_user)
-        segments = [Plain(pending_text), before, Plain(self._template.user_text(text)), Markup(pieces.after_user)]
+        user = pieces.user.fill([Plain(text)])
+        segments: list[Segment] = [Plain(pending_text), before, *user, Markup(pieces.after_user)]
         return self._encoder.encode(segments, self._place_behind(history))
 
     def _place_behind(self, history: Sequence[int]) -> Place:
@@ -150,9 +151,9 @@ class TextPipeline:
         """The whole path through the template; a reply at its end stays open, to be gone on with."""
         num_closed = len(path) - sum(1 for _ in takewhile(lambda m: m.role == "assistant", reversed(path)))
         messages = list(_one_message_per_turn(self._with_instructions(path[:num_closed], instructions)))
-        segments = self._template.render(messages, date) if messages else []
+        segments: list[Segment] = self._template.render(messages, date) if messages else []
         for message in path[num_closed:]:
-            segments += [self._reply(message), Plain(message.pending_text)]
+            segments += self._reply(message)
         return self._encoder.encode(segments)
 
     def _with_instructions(self, path: Sequence[PathMessage], instructions: str | None) -> Iterator[ChatMessage]:
@@ -170,13 +171,14 @@ class TextPipeline:
     def _content(self, message: PathMessage) -> tuple[Plain | Ids, ...]:
         if message.role != "assistant":
             return (Plain(message.text),)
-        reply = self._reply(message)
-        if isinstance(reply, Ids) and reply.token_ids[-1:] and reply.token_ids[-1] in self.eos_token_ids:
-            reply = replace(reply, token_ids=reply.token_ids[:-1])  # the template writes the end itself
-        return (reply, Plain(message.pending_text))
+        if message.token_ids and message.token_ids[-1] in self.eos_token_ids:
+            return self._reply(replace(message, token_ids=message.token_ids[:-1]))  # the template writes the end
+        return self._reply(message)
 
-    def _reply(self, message: PathMessage) -> Plain | Ids:
-        return Plain(message.text) if message.foreign else Ids(tuple(message.token_ids))
+    def _reply(self, message: PathMessage) -> tuple[Plain | Ids, ...]:
+        if message.foreign:
+            return (Plain(message.text),)
+        return (Ids(tuple(message.token_ids)), Plain(message.pending_text))
 
 
 def _one_message_per_turn(messages: Iterable[ChatMessage]) -> Iterator[ChatMessage]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chatserve.errors import StartupError
@@ -17,8 +17,9 @@ from chatserve.text.tokenizer import Ids, Markup, Plain, Segment, Tokenizer
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private use: no template writes them, none trims or changes them
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_PADDING = " \n"
+_LEFT, _RIGHT = " ", "  "  # paddings of different length, so that one sum of lengths says which of them survived
 _NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+_ANY_DATE = "2000-01-01"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,29 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a message's content stands in a render, and at which ends the template drops white space from it."""
+
+    index: int
+    trims_left: bool = False
+    trims_right: bool = False
+
+    def fill(self, content: Sequence[Plain | Ids]) -> list[Plain | Ids]:
+        """The content as the template would put it here."""
+        filled = list(content)
+        if filled and self.trims_left and isinstance(filled[0], Plain):
+            filled[0] = Plain(filled[0].text.lstrip())
+        if filled and self.trims_right and isinstance(filled[-1], Plain):
+            filled[-1] = Plain(filled[-1].text.rstrip())
+        return filled
+
+
+@dataclass(frozen=True, slots=True)
 class TurnPieces:
     """Template text from a reply's last character to the next user message, and from there to the next reply."""
 
     before_user: str
+    user: Slot
     after_user: str
 
 
@@ -51,43 +71,30 @@ class ChatTemplate:
         self._frozen_source = _NOW.sub(r"frozen_dates[\1]", self.source)
         self._pieces = functools.lru_cache(maxsize=64)(self._probe_pieces)
         self.takes_system = self._renders_system()
-        self._trims = {role: self._trimmed_sides(role) for role in ("system", "user", "assistant")}
         self._check_user_survives()
 
     def turn_pieces(self, date: str) -> TurnPieces | None:
         """What to put around a later user message, or None when only a whole render is right for this template."""
         return self._pieces(date)
 
-    def user_text(self, text: str) -> str:
-        """A user's text as the template would put it: some templates trim it."""
-        return self._trimmed(Plain(text), "user", first=True, last=True).text
-
     def render(self, messages: Sequence[ChatMessage], date: str) -> list[Segment]:
         """The whole conversation, ready for the next reply. A message the template leaves out is left out."""
-        return list(self._segments(messages, self._render_marks([message.role for message in messages], date)))
+        segments: list[Segment] = []
+        for part in self._parts([message.role for message in messages], date):
+            segments += [Markup(part)] if isinstance(part, str) else part.fill(messages[part.index].content)
+        return segments
 
-    def _segments(self, messages: Sequence[ChatMessage], rendered: str) -> Iterator[Segment]:
-        parts = _MARK.split(rendered)
-        yield Markup(parts[0])
-        for index, markup in zip(parts[1::2], parts[2::2], strict=True):
-            yield from self._content(messages[int(index)])
-            yield Markup(markup)
-
-    def _content(self, message: ChatMessage) -> Iterator[Segment]:
-        last = len(message.content) - 1
-        for index, segment in enumerate(message.content):
-            if isinstance(segment, Plain):
-                yield self._trimmed(segment, message.role, first=index == 0, last=index == last)
-            else:
-                yield segment
-
-    def _trimmed(self, segment: Plain, role: str, *, first: bool, last: bool) -> Plain:
-        trims_left, trims_right = self._trims[role]
-        text = segment.text.lstrip() if first and trims_left else segment.text
-        return Plain(text.rstrip() if last and trims_right else text)
-
-    def _render_marks(self, roles: Sequence[str], date: str) -> str:
-        return self._render([(role, f"{_OPEN}{index}{_CLOSE}") for index, role in enumerate(roles)], date)
+    def _parts(self, roles: Sequence[str], date: str) -> list[str | Slot]:
+        """A conversation of these roles: template text, a slot, template text, and so on."""
+        marks = [_mark(index) for index in range(len(roles))]
+        texts = _MARK.split(self._render(list(zip(roles, marks, strict=True)), date))
+        padded = [_LEFT + mark + _RIGHT for mark in marks]
+        padded_texts = _MARK.split(self._render(list(zip(roles, padded, strict=True)), date))
+        growths = [len(after) - len(before) for before, after in zip(texts[::2], padded_texts[::2], strict=False)]
+        parts: list[str | Slot] = [texts[0]]
+        for position, (index, text) in enumerate(zip(texts[1::2], texts[2::2], strict=True)):
+            parts += [_slot(int(index), growths[position : position + 2]), text]
+        return parts
 
     def _render(self, messages: Sequence[tuple[str, str]], date: str) -> str:
         day = datetime.date.fromisoformat(date)
@@ -100,31 +107,24 @@ class ChatTemplate:
         )
 
     def _probe_pieces(self, date: str) -> TurnPieces | None:
-        rendered = self._try_render([("user", "x"), ("assistant", _mark(0)), ("user", _mark(1))], date)
-        parts = _MARK.split(rendered or "")
-        if parts[1::2] != ["0", "1"]:
-            return None
-        return TurnPieces(before_user=parts[2], after_user=parts[4])
+        match self._try_parts(["user", "assistant", "user"], date):
+            case [str(), Slot(index=0), str(), Slot(index=1), str(before), Slot(index=2) as user, str(after)]:
+                return TurnPieces(before, user, after)
+        return None
 
-    def _try_render(self, messages: Sequence[tuple[str, str]], date: str = "2000-01-01") -> str | None:
+    def _try_parts(self, roles: Sequence[str], date: str = _ANY_DATE) -> list[str | Slot]:
         try:
-            return self._render(messages, date)
-        except Exception:  # a template is a program of its own: whatever it raises, it cannot render these roles
-            return None
+            return self._parts(roles, date)
+        except Exception:  # noqa: BLE001 - a template is a program; whatever it raises, it cannot render these roles
+            return []
 
     def _renders_system(self) -> bool:
-        return _mark(0) in (self._try_render([("system", _mark(0)), ("user", "x")]) or "")
-
-    def _trimmed_sides(self, role: str) -> tuple[bool, bool]:
-        """Whether the template drops white space at the left and the right end of what `role` says."""
-        plain = self._try_render(_example(role, _mark(0)))
-        left = self._try_render(_example(role, _PADDING + _mark(0)))
-        right = self._try_render(_example(role, _mark(0) + _PADDING))
-        return plain is not None and left == plain, plain is not None and right == plain
+        slots = [part.index for part in self._try_parts(["system", "user"]) if isinstance(part, Slot)]
+        return 0 in slots
 
     def _check_user_survives(self) -> None:
         try:
-            rendered = self._render([("user", _mark(0))], "2000-01-01")
+            rendered = self._render([("user", _mark(0))], _ANY_DATE)
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise StartupError(f"the chat template cannot render a single user message: {error}") from error
         if _MARK.findall(rendered) != ["0"]:
@@ -147,8 +147,9 @@ def _mark(index: int) -> str:
     return f"{_OPEN}{index}{_CLOSE}"
 
 
-def _example(role: str, content: str) -> list[tuple[str, str]]:
-    """The shortest conversation that a template accepts and in which `role` says `content`."""
-    if role == "user":
-        return [(role, content)]
-    return [(role, content), ("user", "x")] if role == "system" else [("user", "x"), (role, content), ("user", "y")]
+def _slot(index: int, growths: Sequence[int]) -> Slot:
+    """Which paddings survived, from how much the template text before and behind grew by them."""
+    if len(growths) < 2:
+        return Slot(index)
+    before, behind = growths
+    return Slot(index, trims_left=not before & len(_LEFT), trims_right=not behind & len(_RIGHT))

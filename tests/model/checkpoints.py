@@ -16,7 +16,6 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -24,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
+FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -60,7 +59,7 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Any:
     """A byte-level BPE tokenizer of a few hundred tokens that encodes any text and renders ChatML."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,7 +71,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast  # untyped in transformers
+    return tokenizer_class(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -83,7 +83,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def make_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A random fp32 transformers model of `family` in eval mode; `overrides` replace config fields."""
     config_class, model_class = FAMILIES[family]
     settings = {**_SHAPE, "tie_word_embeddings": False, "sliding_window": None, "vocab_size": 384, **overrides}
@@ -126,7 +126,7 @@ def make_checkpoint(
     return Path(directory)
 
 
-def _randomise_vectors(model: PreTrainedModel) -> None:
+def _randomise_vectors(model: torch.nn.Module) -> None:
     """Draw norm weights around 1 and biases around 0, which transformers leaves at exactly 1 and 0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

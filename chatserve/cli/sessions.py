@@ -1,0 +1,83 @@
+"""`chatserve sessions list|show|delete`: the sessions of a running server, over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from chatserve.cli.connection_options import add_connection_options
+from chatserve.cli.text import local_time, one_line, printable
+from chatserve.client.errors import ClientError
+from chatserve.client.http import HttpApi
+
+TITLE_CHARS = 60
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the subcommands; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    action: Callable[[HttpApi, argparse.Namespace], None] = parsed.action
+    try:
+        action(HttpApi(parsed.url, token=parsed.api_key), parsed)
+    except (ClientError, ValueError) as error:
+        print(f"chatserve sessions: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chatserve sessions", description="The sessions of a running server.")
+    actions = parser.add_subparsers(required=True, metavar="list | show | delete")
+    listing = actions.add_parser("list", help="list sessions, newest first")
+    listing.add_argument("--limit", type=int, default=50, help="how many at most, up to 200 (default: 50)")
+    listing.set_defaults(action=_list)
+    showing = actions.add_parser("show", help="print a session's messages")
+    showing.set_defaults(action=_show)
+    deleting = actions.add_parser("delete", help="delete sessions for good")
+    deleting.set_defaults(action=_delete)
+    showing.add_argument("session_id")
+    deleting.add_argument("session_ids", nargs="+", metavar="session_id")
+    for action in (listing, showing, deleting):
+        add_connection_options(action)
+    for action in (listing, showing):
+        action.add_argument("--json", action="store_true", help="print what the server sent")
+    return parser
+
+
+def _list(api: HttpApi, parsed: argparse.Namespace) -> None:
+    sessions = api.list_sessions(limit=parsed.limit)
+    if parsed.json:
+        print(json.dumps(sessions, indent=2))
+        return
+    table = Table("Session", "Title", "Messages", "Last change", box=None, pad_edge=False)
+    for session in sessions:
+        table.add_row(*session_row(session))
+    Console(highlight=False, markup=False).print(table if sessions else "There are no sessions.")
+
+
+def session_row(session: dict[str, Any]) -> tuple[str, str, str, str]:
+    """One line of the list: id, title, number of messages, time of the last change."""
+    title = one_line(session.get("title") or "", TITLE_CHARS) or "(no title)"
+    return session["id"], title, str(session.get("num_messages", 0)), local_time(session["updated_at"])
+
+
+def _show(api: HttpApi, parsed: argparse.Namespace) -> None:
+    session = api.get_session(parsed.session_id)
+    if parsed.json:
+        print(json.dumps(session, indent=2))
+        return
+    for message in session["messages"]:
+        text = "".join(part.get("text", "") for part in message["content"])
+        print(f"[{message['role']}] {printable(text)}\n")
+
+
+def _delete(api: HttpApi, parsed: argparse.Namespace) -> None:
+    for session_id in parsed.session_ids:
+        api.delete_session(session_id)
+        print(f"deleted {session_id}")

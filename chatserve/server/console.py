@@ -1,0 +1,59 @@
+"""What an operator sees on stderr: progress while the server loads, then where it is and what it holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+from chatserve.engine.api import EngineInfo
+from chatserve.settings import ServeSettings
+from chatserve.version import __version__
+
+
+def stderr_console() -> Console:
+    """A console on what is stderr now."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+@contextmanager
+def loading_progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """Gives a function that shows what is being loaded: a spinner on a terminal, nothing elsewhere."""
+    if not console.is_terminal:
+        yield lambda what: None
+        return
+    with console.status("Starting") as status:
+        yield status.update
+
+
+def print_summary(console: Console, url: str, settings: ServeSettings, info: EngineInfo) -> None:
+    """The block that says the server is ready."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in summary(url, settings, info):
+        table.add_row(f"  {name}", value)
+    console.print(f"[bold]chatserve {__version__} is ready[/bold]")
+    console.print(table)
+
+
+def summary(url: str, settings: ServeSettings, info: EngineInfo) -> list[tuple[str, str]]:
+    """The lines of the block: name and value."""
+    return [
+        ("URL", url),
+        ("Model", f"{info.model} on {info.device} in {info.dtype}, up to {info.max_context:,} tokens a session"),
+        ("Capacity", f"{info.capacity_tokens:,} tokens of history on the device ({_kv_size(info)})"),
+        ("Sessions", f"kept in {'the Redis given' if settings.redis_url else settings.data_dir.resolve()}"),
+        ("Auth", _auth(settings)),
+    ]
+
+
+def _kv_size(info: EngineInfo) -> str:
+    return f"{info.capacity_tokens * info.token_bytes / (1 << 20):,.0f} MiB, {info.token_bytes:,} bytes a token"
+
+
+def _auth(settings: ServeSettings) -> str:
+    if settings.api_keys:
+        return f"on, {len(settings.api_keys)} key{'s' if len(settings.api_keys) > 1 else ''}"
+    return "OFF, open to everyone who reaches this address" if settings.insecure else "off, this machine only"

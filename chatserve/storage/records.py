@@ -1,0 +1,170 @@
+"""Session records in Redis: what eviction reads about a session, written by whoever serves it.
+
+`RedisSessionRecords` takes changes without waiting and sends them in batches; `RedisRecordReader` is the planner's
+side, on a thread of its own. They are hints: with Redis away the last values known stay good enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, Unpack, cast
+
+from redis import Redis as BlockingRedis
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, RedisError
+
+from chatserve.storage.health import is_away
+from chatserve.storage.scripts import RECORD_CHANGES, TOUCH, session_key
+from kvstore.records import SessionRecord
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING_SESSIONS = 10_000
+RETRY_DELAY_S = 1.0
+
+
+class RecordChanges(TypedDict, total=False):
+    """Fields of a session's record; times in seconds since 1970."""
+
+    last_activity_s: float
+    turns: int
+    tokens: int
+    think_time_s: float
+    connected: bool
+    typing: bool
+    priority: int
+    pinned: bool
+
+
+class RedisSessionRecords:
+    """Writes the records of the sessions that the instance `owner` serves."""
+
+    def __init__(self, redis: Redis, owner: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._redis = redis
+        self._owner = owner
+        self._clock = clock
+        self._waiting: dict[str, RecordChanges] = {}
+        self._flushing: asyncio.Task[None] | None = None
+
+    def touch(self, session_id: str, **changes: Unpack[RecordChanges]) -> None:
+        """Note changes of a session's record; they are written soon, together with others. Never waits, never raises.
+
+        A session that was deleted in the meantime gets no record.
+        """
+        self._merge(session_id, changes)
+        if self._flushing is None:
+            self._flushing = asyncio.get_running_loop().create_task(self._flush())
+
+    async def close(self) -> None:
+        """Send what is waiting if Redis is there, then stop."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            await asyncio.gather(self._flushing, return_exceptions=True)
+        await self._send_waiting()
+
+    def _merge(self, session_id: str, changes: RecordChanges) -> None:
+        merged = self._waiting.pop(session_id, RecordChanges())
+        merged.update(changes)
+        self._waiting[session_id] = merged
+        if len(self._waiting) > MAX_WAITING_SESSIONS:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+
+    async def _flush(self) -> None:
+        try:
+            while self._waiting:
+                if not await self._send_waiting():
+                    await asyncio.sleep(RETRY_DELAY_S)
+        finally:
+            self._flushing = None
+
+    async def _send_waiting(self) -> bool:
+        """Send all that waits; whether Redis took it. What it did not take waits on, under what came since."""
+        batch, self._waiting = self._waiting, {}
+        try:
+            await self._send(batch)
+        except (RedisError, OSError) as error:
+            if not is_away(error):
+                logger.error("Redis refused %d session records, they are dropped: %s", len(batch), error)
+                return True
+            logger.info("session records wait for Redis: %s", error)
+            self._take_back(batch)
+            return False
+        return True
+
+    def _take_back(self, batch: Mapping[str, RecordChanges]) -> None:
+        newer, self._waiting = self._waiting, {}
+        for session_id, changes in (*batch.items(), *newer.items()):
+            self._merge(session_id, changes)
+
+    async def _send(self, batch: Mapping[str, RecordChanges]) -> None:
+        try:
+            await self._pipeline(batch)
+        except NoScriptError:
+            await self._redis.script_load(TOUCH.source)
+            await self._pipeline(batch)
+
+    async def _pipeline(self, batch: Mapping[str, RecordChanges]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for session_id, changes in batch.items():
+            keys = [session_key(session_id, "meta"), session_key(session_id, "record"), RECORD_CHANGES]
+            row = [item for name, value in changes.items() for item in (name, _packed(value))]
+            arguments = [session_id, int(self._clock() * 1000), "owner", self._owner, *row]
+            pipeline.execute_command("EVALSHA", TOUCH.sha, len(keys), *keys, *arguments)
+        await pipeline.execute()
+
+
+class RedisRecordReader:
+    """Reads records for the planner of evictions: blocking, for a thread that nobody waits for."""
+
+    def __init__(self, redis_url: str, *, timeout_s: float = 5.0) -> None:
+        self._redis = BlockingRedis.from_url(
+            redis_url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2
+        )
+
+    def changed_since(self, t: float) -> list[SessionRecord]:
+        """The records that changed at or after `t` (seconds since 1970), oldest change first; none with Redis away."""
+        try:
+            changed = cast("list[bytes]", self._redis.zrangebyscore(RECORD_CHANGES, int(t * 1000), "+inf"))
+            ids = [member.decode() for member in changed]
+            pipeline = self._redis.pipeline(transaction=False)
+            for session_id in ids:
+                pipeline.hgetall(session_key(session_id, "record"))
+            rows = pipeline.execute()
+        except (RedisError, OSError) as error:
+            logger.info("session records cannot be read: %s", error)
+            return []
+        return [_record(session_id, row) for session_id, row in zip(ids, rows, strict=True) if row]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._redis.close()
+
+
+def _packed(value: object) -> str:
+    return str(int(value)) if isinstance(value, bool) else repr(value)
+
+
+def _record(session_id: str, row: Mapping[bytes, bytes]) -> SessionRecord:
+    """A record with what is not known yet at its resting value."""
+    values: dict[str, Any] = {name: read(row.get(name.encode(), b"0")) for name, read in _READ.items()}
+    return SessionRecord(session_id=session_id, owner=row.get(b"owner", b"").decode(), **values)
+
+
+def _flag(value: bytes) -> bool:
+    return value == b"1"
+
+
+_READ: Mapping[str, Callable[[bytes], Any]] = {
+    "last_activity_s": float,
+    "turns": int,
+    "tokens": int,
+    "think_time_s": float,
+    "connected": _flag,
+    "typing": _flag,
+    "priority": int,
+    "pinned": _flag,
+}
