@@ -31,6 +31,7 @@ BUNDLED_DIRECTORY = Path(__file__).parent / "bundled" / "model"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "tokenizer.model"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]  # the same weights again, in formats that are not read here
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SCALED_ROPE_TYPES = ("linear", "llama3", "yarn")
 
 
@@ -50,13 +51,13 @@ class Pretrained:
     @cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer with its chat template. Raises `StartupError` if its files cannot be read."""
+        if not any((self.directory / name).is_file() for name in _TOKENIZER_FILES):
+            # Some versions of transformers answer with a tokenizer without a vocabulary instead of an error.
+            raise StartupError(_no_tokenizer_text(self.directory, "no vocabulary there"))
         try:
             return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
-            raise StartupError(
-                f"{self.directory}: no usable tokenizer ({_first_line(error)}); "
-                "the directory must hold the model's tokenizer.json and tokenizer_config.json"
-            ) from error
+            raise StartupError(_no_tokenizer_text(self.directory, _first_line(error))) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,13 @@ def _read_generation_config(directory: Path) -> GenerationConfig:
         raise StartupError(
             f"{directory}/generation_config.json: {_first_line(error)}; correct it or remove the file"
         ) from error
+
+
+def _no_tokenizer_text(directory: Path, reason: str) -> str:
+    return (
+        f"{directory}: no usable tokenizer ({reason}); "
+        "the directory must hold the model's tokenizer.json and tokenizer_config.json"
+    )
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

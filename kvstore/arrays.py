@@ -6,6 +6,7 @@ It knows numpy and nothing else of this package.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ TokenArray = npt.NDArray[np.int32]
 PageArray = npt.NDArray[np.int64]
 
 MIN_CAPACITY = 8
+Item = TypeVar("Item", bound=np.integer)
 
 
 def as_token_array(token_ids: Sequence[int] | npt.NDArray[np.integer]) -> TokenArray:
@@ -36,23 +38,23 @@ def common_prefix(left: npt.NDArray[np.integer], right: npt.NDArray[np.integer])
     return first if different[first] else length
 
 
-class GrowingArray:
-    """A one-dimensional integer array with cheap append and truncate.
+class GrowingArray(Generic[Item]):
+    """A one-dimensional integer array of `dtype` with cheap append and truncate.
 
     `view` is valid until the next append; copy what must live longer.
     """
 
     __slots__ = ("_data", "_length")
 
-    def __init__(self, items: Sequence[int] | npt.NDArray[np.integer], dtype: npt.DTypeLike) -> None:
-        self._data = np.array(items, dtype=dtype)
+    def __init__(self, items: Sequence[int] | npt.NDArray[np.integer], dtype: type[Item]) -> None:
+        self._data: npt.NDArray[Item] = np.array(items, dtype=dtype)
         self._length = len(self._data)
 
     def __len__(self) -> int:
         return self._length
 
     @property
-    def view(self) -> npt.NDArray[np.integer]:
+    def view(self) -> npt.NDArray[Item]:
         """The items, without a copy."""
         return self._data[: self._length]
 
@@ -68,6 +70,11 @@ class GrowingArray:
         """Keep the first `length` items."""
         assert 0 <= length <= self._length
         self._length = length
+
+    def drop_front(self, length: int) -> None:
+        """Forget the first `length` items."""
+        self._data = self._data[length : self._length].copy()
+        self._length -= length
 
     def _reserve(self, length: int) -> None:
         grown = np.empty(max(MIN_CAPACITY, 2 * length), dtype=self._data.dtype)

@@ -33,7 +33,7 @@ class KVLayout:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         if self.page_bytes % self.dtype.itemsize:
-            raise ValueError(f"page_bytes={self.page_bytes}: must be a multiple of {self.dtype}'s {self.dtype.itemsize}")
+            raise ValueError(f"page_bytes={self.page_bytes}: must be a multiple of {self.dtype.itemsize}, one number")
 
     @cached_property
     def token_bytes(self) -> int:
@@ -61,6 +61,6 @@ class KVLayout:
         return num_tokens * self.token_bytes % self.page_bytes
 
     def range_bytes(self, max_tokens: int, tile_tokens: int) -> int:
-        """Address space of one session: its tokens and one kernel tile, a whole number of pages and of kernel blocks."""
+        """Address space of one session: its tokens and one kernel tile, in whole pages and whole kernel blocks."""
         unit = math.lcm(self.page_bytes, KERNEL_BLOCK_TOKENS * self.token_bytes)
         return -(-(max_tokens + tile_tokens) * self.token_bytes // unit) * unit

@@ -20,13 +20,15 @@ DEFAULT_MAX_MAP_COUNT = 65_530
 
 
 class LinuxCalls:
-    """mmap, munmap and fallocate of the C library, raising MemoryRefused. Tests replace it to make the nth call fail."""
+    """mmap, munmap and fallocate of the C library, raising MemoryRefused. Tests make its nth call fail."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         self._mmap, self._munmap, self._fallocate = libc.mmap, libc.munmap, libc.fallocate
         self._mmap.restype = ctypes.c_void_p
-        self._mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_int64]
+        self._mmap.argtypes = [
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+        ]  # fmt: skip
         self._munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 

@@ -30,6 +30,8 @@ COPY_BYTES = 1 << 20
 Entries = npt.NDArray[np.int64]
 READ_ONLY = 1
 
+Run = tuple[int, int, int, bool]  # place, pages, first page, writable
+
 
 class PosixMemory:
     """`VirtualMemory` over a memfd; `page_bytes` must be a multiple of 4,096, else ValueError.
@@ -55,6 +57,7 @@ class PosixMemory:
         self._address: int | None = None
         self._table: Entries = np.zeros(0, np.int64)
         self._map_counts = np.zeros(0, np.int32)  # addresses of each page number; -1: no such page
+        self._num_touched = 0  # places of the arena, from its start, beyond which nothing was ever mapped
         self._unused: list[int] = []  # heap of released page numbers
         self._zeros = bytes(min(page_bytes, COPY_BYTES))
 
@@ -143,16 +146,20 @@ class PosixMemory:
         memory = (ctypes.c_uint8 * num_bytes).from_address(self._address + offset)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
+    @property
+    def _arena_bytes(self) -> int:
+        return len(self._table) * self.page_bytes
+
     def check_integrity(self) -> None:
         """Compare counters with the table, and the table with what Linux says is mapped."""
-        ensure(self.num_mappings == int(self._address is not None) + _breaks(self._table), "mappings miscounted")
-        mapped = self._table[self._table > 0] // 2 - 1
+        table = self._table[: self._num_touched + 1]
+        ensure(self.num_mappings == int(self._address is not None) + _breaks(table), "mappings miscounted")
+        mapped = table[table > 0] // 2 - 1
         counts = np.bincount(mapped, minlength=len(self._map_counts))
         ensure(bool((counts == np.maximum(self._map_counts, 0)).all()), "a page's mappings are miscounted")
         ensure(sorted(self._unused) == np.flatnonzero(self._map_counts < 0).tolist(), "page numbers lost")
         if self._address is not None:
-            seen = _runs_in_system(self._address, self._arena_bytes)
-            ensure(seen == self._runs_in_table(), "the arena is not mapped as the table says")
+            ensure(self._runs_in_system() == self._runs_in_table(), "the arena is not mapped as the table says")
 
     def close(self) -> None:
         """Give back addresses and memory; idempotent. Views must not be touched afterwards."""
@@ -163,10 +170,6 @@ class PosixMemory:
             os.close(self._file)
             self._file = -1
 
-    @property
-    def _arena_bytes(self) -> int:
-        return len(self._table) * self.page_bytes
-
     def _put(self, offset: int, entries: Entries) -> None:
         """Make the system and the table agree on new entries; what was there comes back when a call fails."""
         places = self._places(offset, len(entries))
@@ -176,6 +179,7 @@ class PosixMemory:
             raise OutOfMappings(num_mappings, self.max_mappings)
         self._apply(places.start, entries, fallback=old)
         self._table[places] = entries
+        self._num_touched = max(self._num_touched, places.stop)
         self.num_mappings = num_mappings
         self._count(old, -1)
         self._count(entries, +1)
@@ -245,10 +249,40 @@ class PosixMemory:
         if os.pwrite(self._file, data, position) != len(data):
             raise MemoryRefused("pwrite", f"{len(data)} bytes at {position} were not all written")
 
-    def _runs_in_table(self) -> list[tuple[int, int, int, bool]]:
-        """(place, pages, first page, writable) of every mapped run."""
+    def _runs_in_table(self) -> list[Run]:
+        table = self._table[: self._num_touched]
         return [
-            (start, stop - start, int(self._table[start]) // 2 - 1, not self._table[start] & READ_ONLY)
-            for start, stop in _runs(self._table)
-            if self._table[start]
+            (start, stop - start, int(table[start]) // 2 - 1, not table[start] & READ_ONLY)
+            for start, stop in _runs(table)
+            if table[start]
         ]
+
+    def _runs_in_system(self) -> list[Run]:
+        assert self._address is not None
+        runs = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, protection, offset, *_ = line.split(maxsplit=3)
+            start, stop = (int(address, 16) - self._address for address in addresses.split("-"))
+            if 0 <= start < self._arena_bytes and protection.startswith("r"):
+                place, num_pages = start // self.page_bytes, (stop - start) // self.page_bytes
+                runs.append((place, num_pages, int(offset, 16) // self.page_bytes, protection[1] == "w"))
+        return runs
+
+
+def _splits(entries: Entries) -> npt.NDArray[np.bool_]:
+    """Between which neighbours a mapping ends: [n-1] for n entries."""
+    left, right = entries[:-1], entries[1:]
+    expected = np.where(left == 0, 0, left + 2)
+    splits: npt.NDArray[np.bool_] = right != expected
+    return splits
+
+
+def _breaks(entries: Entries) -> int:
+    return int(np.count_nonzero(_splits(entries)))
+
+
+def _runs(entries: Entries) -> Iterator[tuple[int, int]]:
+    """The maximal [start, stop) that one call can map."""
+    if len(entries):
+        inner = (np.flatnonzero(_splits(entries)) + 1).tolist()
+        yield from pairwise([0, *inner, len(entries)])

@@ -18,8 +18,9 @@ class Kind:
     """One kind of fact: how it is told, asked for and answered.
 
     `keys` names the rule in `data.Keys` that draws the key; `indirect` completes "do you remember ..."; `lacking` completes
-    "You have not told me ..."; `now` is the clause after a correction; `changes` are corrections; `owned` needs "my" and the
-    bare noun `{n}`; `bare` fits people and pets only.
+    "You have not told me ..."; `now` is the clause after a correction; `changes` are corrections, where `{o}` is the old value
+    and `{p}` a place without its preposition; `owned` needs "my" and the bare noun `{n}`; `bare` fits people and pets only;
+    `supply` answers the model's "You have not told me", where `{q}` is "his", "her" or "its".
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kind:
     changes: tuple[str, ...] = ()
     owned: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
+    supply: tuple[str, ...] = ()
 
 
 RELATIONS = rows("""
@@ -74,8 +76,13 @@ TEXTS: dict[str, str] = {
     "instrument": "word", "star sign": "word", "first name": "name", "car model": "word", "operating system": "word", "laptop model": "word",
     "project": "title", "company": "word", "airline": "word", "next stop": "city", "destination": "city",
     "main dish": "food", "religion": "word", "major": "hobby", "email": "word", "club": "word", "course": "word",
-    "country": "city", "station": "word", "brand": "word", "plan": "word", "goal": "word", "dream": "phrase",
+    "country": "city", "station": "word", "brand": "word", "plan": "word", "goal": "word", "dream": "food",
 }  # fmt: skip
+SEVERAL = rows("cats | dogs | sisters | brothers | kids | children | daughters | sons | friends | parents | parrots | rabbits | horses | fish | hamsters | cousins | chickens")
+COUNTED = (*SEVERAL, *rows("cars | bikes | books | cups | plants | phones | houses | boats | guitars | chairs | tickets | windows | computers"))
+VERBS = rows("study | speak | play | drive | teach | collect | drink | read | grow | sell | build | write | paint | cook | need | prefer | own | watch")
+ADJECTIVES = rows("old | new | red | blue | big | little | second | other | spare | black | white | small | good | green")
+SECRETS = rows("password | code | pin | number | key code | login | combination | name | date | price | address")
 COLOURED = rows("""
     car | bike | house | door | coat | hat | shirt | umbrella | scarf | bag | phone | kitchen | sofa | boat | jacket
     dress | room | roof | van | mug | fence | carpet | bicycle | backpack | t-shirt | front door | office
@@ -111,7 +118,8 @@ KINDS: tuple[Kind, ...] = (
         checks=rows("is my name {v} | am i {v} | am i called {v}"),
         clause="your name is {w}", now="your name is {w}", lacking="your name", weight=3.0,
         by_system=rows("the user's name is {v} | the user is called {v} | you are talking to {v}"),
-        changes=rows("i changed my name to {v} | my name is now {v} | my new name is {v}"),
+        changes=rows("i changed my name to {v} | my name is now {v} | my new name is {v} | my name is not {o}, it's {v} | i'm not {o}, i'm {v}"),
+        supply=rows("{v} | it's {v} | it is {v} | i am {v} | i'm {v} | {v} is my name | my name is {v}"),
     ),
     Kind(
         "named", "named", "name",
@@ -129,7 +137,11 @@ KINDS: tuple[Kind, ...] = (
         checks=rows("is {k} called {v} | is {k}'s name {v} | is {v} the name of {k}"),
         clause="{r}'s name is {w}", now="{r}'s name is now {w}", lacking="{r}'s name", weight=5.0,
         by_system=rows("{k} is called {v} | {k}'s name is {v} | the name of {k} is {v}"),
-        changes=rows("{k} is now called {v} | i renamed {k} to {v} | {k}'s name is now {v}"),
+        changes=rows("""
+            {k} is now called {v} | i renamed {k} to {v} | {k}'s name is now {v} | {k} is not called {o} but {v}
+            {k}'s name is not {o}, it's {v} | {k} isn't called {o}, {k} is called {v}
+        """),
+        supply=rows("{v} | it's {v} | it is {v} | the name is {v} | called {v} | {v}, of course | {q} name is {v} | {q} is called {v}"),
         owned=rows("""
             i have a {n} called {v} | i have a {n} named {v} | i've got a {n} called {v} | i got a {n}, its name is {v}
             i have a {n}, her name is {v} | i have a {n}, his name is {v} | i own a {n} called {v} | i have a {n} and her name is {v}
@@ -150,7 +162,11 @@ KINDS: tuple[Kind, ...] = (
         checks=rows("is {k} {v} | is {v} {k} | would {k} be {v}"),
         clause="{r} is {w}", now="{r} is now {w}", lacking="{r}", weight=8.0,
         by_system=rows("{k} is {v} | note that {k} is {v} | {v} is {k}"),
-        changes=rows("{k} is now {v} | {k} has changed to {v} | i changed {k} to {v} | the new value of {k} is {v} | {k} became {v}"),
+        changes=rows("""
+            {k} is now {v} | {k} has changed to {v} | i changed {k} to {v} | the new value of {k} is {v} | {k} became {v}
+            {k} is not {o}, it is {v} | {k} is not {o} but {v} | {k} isn't {o}, it's {v} | {k} is no longer {o} but {v}
+        """),
+        supply=rows("{v} | it's {v} | it is {v} | its {v} | that's {v} | i think it's {v} | well, it is {v} | {k} is {v}"),
     ),
     Kind(
         "age", "none", "age",
@@ -187,6 +203,7 @@ KINDS: tuple[Kind, ...] = (
         clause="you live in {w}", now="you now live in {w}", lacking="where you live", weight=2.0,
         by_system=rows("the user lives in {v} | the user comes from {v}"),
         changes=rows("i moved to {v} | i now live in {v} | i have moved to {v} | i live in {v} now"),
+        supply=rows("in {v} | {v} | it's {v} | i live in {v}"),
     ),
     Kind(
         "home of", "person", "city",
@@ -242,7 +259,7 @@ KINDS: tuple[Kind, ...] = (
         checks=rows("is {k} {v} | did i put {k} {v}"),
         clause="{r} is {w}", now="{r} is now {w}", lacking="where {r} is", weight=2.5,
         by_system=rows("{k} is {v}"),
-        changes=rows("{k} is now {v} | i moved {k}, it is now {v} | i put {k} {v} now"),
+        changes=rows("{k} is now {v} | i moved {k}, it is now {v} | i put {k} {v} now | i moved {k} to {p} | i took {k} to {p}"),
     ),
     Kind(
         "places", "objects", "place",
@@ -258,7 +275,7 @@ KINDS: tuple[Kind, ...] = (
         checks=rows("are {k} {v} | did i put {k} {v}"),
         clause="{r} are {w}", now="{r} are now {w}", lacking="where {r} are", weight=2.0,
         by_system=rows("{k} are {v}"),
-        changes=rows("{k} are now {v} | i moved {k}, they are now {v} | i put {k} {v} now"),
+        changes=rows("{k} are now {v} | i moved {k}, they are now {v} | i put {k} {v} now | i moved {k} to {p} | i took {k} to {p}"),
     ),
     Kind(
         "colour of", "coloured", "colour",
@@ -268,7 +285,8 @@ KINDS: tuple[Kind, ...] = (
         checks=rows("is {k} {v} | is the colour of {k} {v}"),
         clause="{r} is {w}", now="{r} is now {w}", lacking="what colour {r} is", weight=1.2,
         by_system=rows("{k} is {v}"),
-        changes=rows("{k} is now {v} | i painted {k} {v} now | the colour of {k} is now {v}"),
+        changes=rows("{k} is now {v} | i painted {k} {v} now | the colour of {k} is now {v} | {k} is not {o}, it is {v} | {k} isn't {o} but {v}"),
+        supply=rows("{v} | it's {v} | it is {v} | all {v}"),
     ),
     Kind(
         "time", "event", "when",
@@ -279,9 +297,79 @@ KINDS: tuple[Kind, ...] = (
         clause="{r} is {w}", now="{r} is now {w}", lacking="when {r} is", weight=1.2,
         by_system=rows("{k} is {v}"),
         changes=rows("{k} is now {v} | {k} was moved, it is now {v} | {k} has been moved and is now {v}"),
+        supply=rows("{v} | it is {v} | it's {v}"),
+    ),
+    Kind(
+        "likes of", "person", "food",
+        tells=rows("{k} likes {v} | {k} loves {v} | {k} really likes {v} | {k} is fond of {v}"),
+        asks=rows("what does {k} like | what does {k} love | what is {k} fond of | what did i say {k} likes"),
+        indirect=rows("what {k} likes | what {k} loves"),
+        checks=rows("does {k} like {v} | does {k} love {v}"),
+        clause="{r} likes {w}", now="{r} now likes {w}", lacking="what {r} likes",
+        by_system=rows("{k} likes {v}"),
+        changes=rows("{k} now likes {v} | {k} likes {v} now"),
+    ),
+    Kind(
+        "named many", "several", "names",
+        tells=rows("""
+            {k} are called {v} | {k} are named {v} | the names of {k} are {v} | {k} are {v} | we call {k} {v} | {v} are {k}
+        """),
+        asks=rows("what are {k} called | what are the names of {k} | what are {k}' names | who are {k} | how are {k} called | what did i call {k}"),
+        indirect=rows("what {k} are called | the names of {k} | who {k} are"),
+        checks=rows("are {k} called {v}"),
+        clause="{r} are called {w}", now="{r} are now called {w}", lacking="what {r} are called", weight=1.2,
+        by_system=rows("{k} are called {v}"),
+        changes=rows("{k} are now called {v} | i renamed {k} to {v}"),
+        owned=rows("""
+            i have two {n}, {v} | i have {n} called {v} | i have some {n}, {v} | i have {n} named {v} | i've got {n}, {v} | i have two {n} called {v}
+            i have two {n}: {v} | i have {n}, their names are {v}
+        """),
+        supply=rows("{v} | they are called {v} | they're called {v} | their names are {v}"),
+    ),
+    Kind(
+        "count of", "counted", "count",
+        tells=rows("i have {v} {k} | i've got {v} {k} | i own {v} {k} | there are {v} {k} at my home | we have {v} {k}"),
+        asks=rows("how many {k} do i have | how many {k} have i got | how many {k} do i own | how many {k} did i say i have"),
+        indirect=rows("how many {k} i have | how many {k} i own"),
+        checks=rows("do i have {v} {k}"),
+        clause="you have {w} {r}", now="you now have {w} {r}", lacking="how many {r} you have", weight=1.2,
+        by_system=rows("the user has {v} {k}"),
+        changes=rows("i now have {v} {k} | i have {v} {k} now"),
+        supply=rows("{v} | i have {v} | i have {v} {k}"),
+    ),
+    Kind(
+        "does", "verb", "word",
+        tells=rows("i {k} {v} | i {k} {v} | i always {k} {v} | i usually {k} {v} | i mostly {k} {v} | we {k} {v}"),
+        asks=rows("what do i {k} | what do i {k} | what did i say i {k} | what do i usually {k}"),
+        indirect=rows("what i {k} | what i usually {k}"),
+        checks=rows("do i {k} {v}"),
+        clause="you {r} {w}", now="you now {r} {w}", lacking="what you {r}", weight=1.5,
+        by_system=rows("the user {k}s {v}"),
+        changes=rows("i now {k} {v} | i {k} {v} now"),
+        supply=rows("{v} | i {k} {v}"),
     ),
 )  # fmt: skip
 
+COMPOUNDS: tuple[tuple[str, str, str, str], ...] = (
+    ("home of", "lives in {w}", "lives in {w}", ""),
+    ("home of", "is from {w}", "lives in {w}", ""),
+    ("age of", "is {w} years old", "is {w} years old", ""),
+    ("age of", "is {w}", "is {w} years old", ""),
+    ("job of", "works as {w}", "works as {w}", ""),
+    ("job of", "is {w}", "works as {w}", ""),
+    ("likes of", "likes {w}", "likes {w}", ""),
+    ("likes of", "loves {w}", "likes {w}", ""),
+)
+COMPOUND_TELLS = rows("""
+    {k} {v} {c} | {k}, {v}, {c} | {k} is called {v} and {e} {c} | {k}'s name is {v} and {e} {c} | i have a {n} called {v}, {e} {c}
+    {k} is {v} and {e} {c} | {k} {v} {c} | i have a {n} called {v} and {e} {c} | {v} is {k}, {e} {c} | {k} is named {v} and {e} {c}
+""")
+NAME_AND_HOME = rows("i am {v} from {c} | i'm {v} from {c} | my name is {v} from {c} | {v} from {c} here | i'm {v}, i live in {c} | this is {v} from {c}")
+ANNOUNCE = rows("i have a {n} | i've got a {n} | i got a {n} | i have a new {n} | did you know that i have a {n} | we have a {n} | yes, i have a {n} | i own a {n} | guess what, i have a {n}")
+YOURS = rows("and you | and yours | what's yours | what is yours | what about you | and what is your name | what is your name | and who are you")
+AGAIN = rows("say that again | repeat that | can you repeat that | come again | what did you say | please repeat that | once more please | again please | what was that | repeat your answer")
+LIST_REMOVE_SHORT = rows("remove {v} | take {v} off | delete {v} | cross out {v} | remove {v} again | take {v} off it | remove {v} from it")
+LIST_SHOW_SHORT = rows("show it | read it | what is on it | what's on it | show it to me | read it to me | what is on it now")
 WHO_IS = rows("who is {v} | who's {v} | who was {v} | do you know who {v} is | do you remember {v} | remind me who {v} is | tell me who {v} is")
 
 TELL_OPENERS = rows("""
@@ -335,7 +423,7 @@ ECHO = rows("repeat after me: {v} | say: {v} | repeat: {v} | please say: {v} | p
 CALL_YOU = rows("i will call you {v} | your name is {v} | i'll call you {v} | i name you {v} | can i call you {v} | let me call you {v} | from now on you are {v} | your name is now {v} | you are {v}")
 YOUR_NAME = rows("""
     what is your name | what's your name | do you have a name | your name | what should i call you | tell me your name | and your name
-    how are you called | what are you called | who are you | what's ur name | and who are you | who r you | may i ask your name
+    how are you called | what are you called | who are you | who am i talking to | who is this | what do i call you | what's ur name | and who are you | who r you | may i ask your name
 """)
 PERSONA = rows("you are {v} | your name is {v} | you are called {v} | you are {v}, a helpful assistant | you are {v}, a friendly chat model | your name is {v} and you are polite")
 SUMMARY = rows("""
@@ -424,6 +512,8 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (rows("""you are stupid | that is wrong | you're wrong | bad bot | you are dumb | that's not right | wrong | you are useless | that's false | you suck | i hate you | this is boring | you're annoying
         shut up | nonsense | that makes no sense"""),
      "I am sorry. Please tell me again, and I will remember it."),
+    (rows("""nice to meet you | pleased to meet you | nice meeting you | glad to meet you | good to see you | nice to see you | great to meet you | nice to meet you too"""),
+     "Nice to meet you too."),
     (rows("""sorry | i am sorry | my bad | excuse me | pardon | i apologise | oops | sorry about that | forgive me"""),
      "No problem at all."),
     (rows("""what can you do | help | what can i ask you | can you help me | help me | how can you help me | what do you do | how does this work | what are you good at | what should i say

@@ -6,9 +6,11 @@ held-out one and evaluation draws nothing else, so a correct answer there was co
 
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 HELD_OUT_SHARE = 8
+COMMON_SHARE = 0.25
+COUNTS = "one two three four five six seven eight nine ten eleven twelve no twenty many several".split()
 
 COLOURS = """red blue green yellow orange purple pink brown black white grey teal turquoise violet crimson amber beige
 gold silver ivory magenta maroon navy olive scarlet cyan indigo lilac mint peach rose ruby rust sand coral""".split()
@@ -60,8 +62,11 @@ def is_held_out(word: str) -> bool:
 class Words:
     """Draws values with one random generator, all from one side of the split."""
 
-    def __init__(self, rng: random.Random, *, held_out: bool = False, real_share: float = 0.35) -> None:
+    def __init__(
+        self, rng: random.Random, common: Sequence[str] = (), *, held_out: bool = False, real_share: float = 0.35
+    ) -> None:
         self.rng = rng
+        self.common = common
         self.held_out = held_out
         self.real_share = 0.0 if held_out else real_share
         self._makers: dict[str, Callable[[], str]] = {
@@ -79,6 +84,8 @@ class Words:
             "when": self._when,
             "age": lambda: str(self.rng.randint(1, 99)),
             "small": lambda: self.number(1, 2),
+            "count": lambda: self.rng.choice(COUNTS) if self.rng.random() < 0.5 else self.number(1, 3),
+            "names": self._names,
             "number": lambda: self.number(1, 8),
             "code": self._code,
             "title": self._title,
@@ -100,6 +107,8 @@ class Words:
     def any_word(self) -> str:
         """A made-up word in any of the shapes in which people write one."""
         draw = self.rng.random()
+        if draw < 0.06 and self.common and not self.held_out:
+            return self.rng.choice(self.common)
         if draw < 0.60:
             return self.made_up().capitalize()
         if draw < 0.84:
@@ -155,11 +164,21 @@ class Words:
         return "".join(self.rng.choices(LETTERS, k=self.rng.randint(3, 10)))
 
     def _one_of(self, real: list[str], made_up: Callable[[], str]) -> str:
-        return self.rng.choice(real) if self.rng.random() < self.real_share else made_up()
+        """A real word of this kind, by chance any common word, else a made-up one."""
+        if self.rng.random() >= self.real_share:
+            return made_up()
+        return self.rng.choice(self.common if self.common and self.rng.random() < COMMON_SHARE else real)
 
     def _name(self) -> str:
         first = self._one_of(NAMES, self.any_word)
-        return first if self.rng.random() < 0.9 else f"{first} {self.made_up().capitalize()}"
+        draw = self.rng.random()
+        if draw < 0.03:
+            return f"{self.rng.choice(('Dr', 'Mr', 'Mrs', 'Ms', 'Prof'))}{self.rng.choice(('.', ''))} {first}"
+        return first if draw < 0.9 else f"{first} {self.made_up().capitalize()}"
+
+    def _names(self) -> str:
+        names = [self._one_of(NAMES, self.any_word) for _ in range(self.rng.choice((2, 2, 2, 3)))]
+        return ", ".join(names[:-1]) + " and " + names[-1]
 
     def _city(self) -> str:
         draw = self.rng.random()
@@ -174,8 +193,8 @@ class Words:
 
     def _place(self) -> str:
         pick = self.rng.choice
-        if self.rng.random() < 0.15:
-            return f"at {self.any_word()}'s house" if self.rng.random() < 0.5 else f"in {self.any_word()}"
+        if self.rng.random() < 0.2:
+            return pick((f"at {self.any_word()}'s house", f"in {self.any_word()}", f"at {self.any_word()}"))
         spot = pick(("in", "on", "under", "behind", "next to", "near", "inside", "on top of", "at"))
         colour = self._one_of(COLOURS, self.lower) + " " if self.rng.random() < 0.3 or self.held_out else ""
         return f"{spot} {pick(('the', 'the', 'the', 'my', 'a'))} {colour}{self._one_of(THINGS, self.lower)}"
@@ -187,7 +206,8 @@ class Words:
         date = pick((f"on the {self.rng.randint(1, 31)}th of {pick(MONTHS)}", f"on {pick(MONTHS)} {self.rng.randint(1, 31)}"))
         if draw < 0.5 or self.held_out:
             return f"{pick((day, date))} {hour}"
-        return pick((hour, day, date, "tomorrow", "next week", f"in {pick(MONTHS)}"))
+        other = f"on {self.rng.randint(1, 31)} {pick(MONTHS)}", f"on {self.number(1, 2)}.{self.number(1, 2)}.{self.number(4, 4)}"
+        return pick((hour, day, date, *other, "tomorrow", "next week", f"in {pick(MONTHS)}", f"in {self.number(4, 4)}"))
 
     def _code(self) -> str:
         if self.rng.random() < 0.5:

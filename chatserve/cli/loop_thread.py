@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own: the main thread stays free for the keyboard, and gets Ctrl-C as Python means it."""
+"""An event loop in a thread of its own, so that the main thread has the keyboard, and Ctrl-C as Python means it."""
 
 from __future__ import annotations
 

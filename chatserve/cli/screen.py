@@ -1,6 +1,6 @@
 """How `chatserve chat` looks: replies on standard output, everything else beside them.
 
-On a terminal that is the same place, in dimmer colours; elsewhere remarks go to stderr, so that a pipe gets replies only.
+On a terminal that is the same place, only dimmer; elsewhere remarks go to stderr, so that a pipe gets replies only.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ class HttpApi:
         self._url = base_urls(url)[0]
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    def list_sessions(self, *, limit: int = 50, before: int | None = None) -> list[dict[str, Any]]:
-        """Sessions, newest first; `before` takes the `updated_at` of the last one seen."""
-        query = {"limit": limit} | ({} if before is None else {"before": before})
+    def list_sessions(self, *, limit: int = 50, before: str | None = None) -> list[dict[str, Any]]:
+        """Sessions, newest first; `before` takes the id of the last one seen."""
+        query = {"limit": str(limit)} | ({} if before is None else {"before": before})
         sessions: list[dict[str, Any]] = self._request("GET", f"/v1/sessions?{urlencode(query)}")["data"]
         return sessions
 

@@ -36,6 +36,17 @@ FAMILIES = {
 }
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shapes and constants of one decoder. `max_position` is the longest context in tokens.
@@ -124,6 +135,7 @@ def _refusals(source: Any) -> Iterator[str]:
     yield from _refuse_experts(source)
     yield from _refuse_architecture(source)
     yield from _refuse_quantisation(source)
+    yield from _refuse_sizes(source)
     yield from _refuse_sliding_window(source)
     yield from _refuse_details(source)
 
@@ -153,6 +165,18 @@ def _refuse_quantisation(source: Any) -> Iterator[str]:
         yield f"weights quantised with {method!r} are not supported; choose the unquantised (bf16) checkpoint"
 
 
+def _refuse_sizes(source: Any) -> Iterator[str]:
+    for field in _SIZES:
+        value = getattr(source, field)
+        if not isinstance(value, int) or value < 1:
+            yield f"{field}={value!r} is no positive number; correct the field"
+    if source.num_attention_heads % source.num_key_value_heads:
+        yield (
+            f"num_attention_heads={source.num_attention_heads} is no multiple of "
+            f"num_key_value_heads={source.num_key_value_heads}; correct the field"
+        )
+
+
 def _refuse_sliding_window(source: Any) -> Iterator[str]:
     """A window is in use when some layer has one and the context can outgrow it."""
     window = getattr(source, "sliding_window", None)
@@ -169,11 +193,6 @@ def _refuse_details(source: Any) -> Iterator[str]:
     """Fields that leave the family but change the arithmetic."""
     if source.hidden_act != "silu":
         yield f"hidden_act {source.hidden_act!r} is not supported; choose a checkpoint with 'silu'"
-    if source.num_attention_heads % source.num_key_value_heads:
-        yield (
-            f"num_attention_heads={source.num_attention_heads} is no multiple of "
-            f"num_key_value_heads={source.num_key_value_heads}; correct the file"
-        )
     if "rope_theta" not in source.rope_parameters:
         yield "rope_parameters differ by layer type, which is not supported; choose a checkpoint with one rope"
     if source.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
 from chatserve.engine.config import EngineConfig
+from chatserve.server.services import Services
 from chatserve.settings import ServeSettings
 
 
@@ -16,3 +20,10 @@ def engine_config(settings: ServeSettings) -> EngineConfig:
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
     )
+
+
+@asynccontextmanager
+async def compose(settings: ServeSettings, report: Callable[[str], None]) -> AsyncIterator[Services]:
+    """Start everything and give it; `report` is told what is being waited for. Raises StartupError."""
+    raise NotImplementedError
+    yield

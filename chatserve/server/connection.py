@@ -24,9 +24,6 @@ from chatserve.server.outbox import Outbox
 from chatserve.server.services import Services
 from chatserve.version import __version__
 
-HELLO_TIMEOUT_S = 10.0
-STUCK_TIMEOUT_S = 30.0
-CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 256 << 10
 HEARTBEAT_MS = 15_000
 _FATAL_CODES = frozenset({"bad_message", "message_too_large"})
@@ -44,8 +41,6 @@ class Connection:
         encoding: Encoding,
         bearer: str | None,
         drop: Callable[[int, str], None],
-        hello_timeout_s: float = HELLO_TIMEOUT_S,
-        stuck_timeout_s: float = STUCK_TIMEOUT_S,
     ) -> None:
         self.connection_id = "conn_" + secrets.token_hex(8)
         self._socket = socket
@@ -53,8 +48,7 @@ class Connection:
         self._encoding: Encoding = encoding
         self._bearer = bearer
         self._drop = drop
-        self._hello_timeout_s = hello_timeout_s
-        self._stuck_timeout_s = stuck_timeout_s
+        self._timeouts = services.timeouts
         self._tenant: str | None = None
         self._outbox = Outbox(MAX_UNSENT_BYTES)
         self._closing: asyncio.Future[ClosingError] = asyncio.get_running_loop().create_future()
@@ -95,10 +89,10 @@ class Connection:
     async def _read(self) -> None:
         """Hello, then one command after the other. Always ends in ClosingError or PeerGoneError."""
         try:
-            async with asyncio.timeout(self._hello_timeout_s):
+            async with asyncio.timeout(self._timeouts.hello_s):
                 hello = await self._receive_hello()
         except TimeoutError:
-            raise ClosingError(CloseCode.HELLO_TIMEOUT, f"no hello within {self._hello_timeout_s:g} s") from None
+            raise ClosingError(CloseCode.HELLO_TIMEOUT, f"no hello within {self._timeouts.hello_s:g} s") from None
         tenant = self._authenticate(hello)
         try:
             with self._services.hub.admitted(tenant):
@@ -161,14 +155,14 @@ class Connection:
         await self._outbox.put(encode(event, self._encoding))
 
     async def _write(self) -> None:
-        """Send what is queued, in order. A peer that takes nothing for `stuck_timeout_s` loses its connection."""
+        """Send what is queued, in order. A peer that takes nothing for `stuck_s` loses its connection."""
         while True:
             message = await self._outbox.peek()
             try:
-                async with asyncio.timeout(self._stuck_timeout_s):
+                async with asyncio.timeout(self._timeouts.stuck_s):
                     await self._transmit(message)
             except TimeoutError:
-                reason = f"nothing was read for {self._stuck_timeout_s:g} s"
+                reason = f"nothing was read for {self._timeouts.stuck_s:g} s"
                 raise ClosingError(CloseCode.TRY_AGAIN_LATER, reason) from None
             self._outbox.sent()
 
@@ -185,7 +179,7 @@ class Connection:
         logger.debug("%s closes: %s", self.connection_id, why)
         stuck = why.code is CloseCode.TRY_AGAIN_LATER
         try:
-            async with asyncio.timeout(0 if stuck else CLOSE_TIMEOUT_S):
+            async with asyncio.timeout(0 if stuck else self._timeouts.close_s):
                 await self._outbox.wait_empty()
                 await self._socket.close(why.code, why.reason)
         except TimeoutError:

@@ -37,12 +37,12 @@ class ResumeBody(_Strict):
 
 
 class ListQuery(BaseModel):
-    """Which page of the list: `before` is the `updated_at` of the last session seen."""
+    """Which page of the list: `before` is the id of the last session seen."""
 
     model_config = ConfigDict(extra="forbid")
 
     limit: Annotated[int, Field(ge=1, le=MAX_LISTED)] = DEFAULT_LISTED
-    before: Cursor | None = None
+    before: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
 def services_of(request: Request) -> Services:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from chatserve.engine.api import Engine
 from chatserve.server.access import Access
 from chatserve.server.hub import Hub
 from chatserve.sessions.manager import SessionManager
 from chatserve.settings import ServeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a connection waits, in seconds: for hello, for a peer that reads nothing, for a close to go out."""
+
+    hello_s: float = 10.0
+    stuck_s: float = 30.0
+    close_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +31,4 @@ class Services:
     hub: Hub
     access: Access
     ping_store: Callable[[], Awaitable[None]]
+    timeouts: Timeouts = field(default_factory=Timeouts)

@@ -1,0 +1,1 @@
+"""Sessions and their turns: state, event log, recovery. No connections, no Redis commands, no model."""

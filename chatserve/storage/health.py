@@ -60,7 +60,7 @@ class Health:
     def check(self) -> None:
         """Raise `StorageUnavailable` while Redis is known to be away."""
         if not self.available:
-            raise self._unavailable()
+            raise self.unavailable()
 
     def lost(self, error: BaseException) -> StorageUnavailable:
         """Note that Redis is away, begin to probe, and give the exception to raise."""
@@ -69,7 +69,7 @@ class Health:
             logger.warning("Redis is away: %s", self._reason)
             self._back.clear()
             self._probing = asyncio.create_task(self._probe_until_back())
-        return self._unavailable()
+        return self.unavailable()
 
     async def close(self) -> None:
         """Stop probing."""
@@ -77,7 +77,8 @@ class Health:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
 
-    def _unavailable(self) -> StorageUnavailable:
+    def unavailable(self) -> StorageUnavailable:
+        """The exception to raise while Redis is away."""
         return StorageUnavailable(f"Redis is away ({self._reason}); try again shortly", retry_after_ms=1000)
 
     async def _probe_until_back(self) -> None:

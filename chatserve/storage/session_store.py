@@ -146,8 +146,8 @@ class SessionStore:
 
         The session moves up its tenant's list when `meta` holds `updated_at`, and is among `active_sessions` as long
         as its `active` is not None. Gives what was stored under `key` if it was used before, and then writes nothing.
-        After `StorageUnavailable` send the same append again: what is there already is not written twice. Raises
-        `FenceLost`, `IdempotencyConflict`, or `NotFound` for a session that was deleted.
+        After `StorageUnavailable` send the same appends again, in order: what is there already is not written twice.
+        Raises `FenceLost`, `IdempotencyConflict`, or `NotFound` for a session that was deleted.
         """
         _check_contiguous(entries, first_seq=expected_head + 1)
         row, removed = pack_changes(meta)

@@ -76,8 +76,16 @@ class CommitWriter:
         try:
             while self._waiting:
                 await self._send(self._next_batch())
+                if not self._health.available:
+                    self._fail_waiting()
         finally:
             self._flushing = None
+
+    def _fail_waiting(self) -> None:
+        """What waits behind a lost batch is lost too: sent now, it would meet a log without its predecessors."""
+        while batch := self._next_batch():
+            for commit in batch:
+                commit.answer.set_exception(self._health.unavailable())
 
     def _next_batch(self) -> list[_Commit]:
         """The oldest commits whose callers are still there."""

@@ -89,7 +89,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "partial rotary": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "rotates whole heads"),
     "gelu": ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'", "choose a checkpoint with 'silu'"),
-    "uneven heads": ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3", "correct the file"),
+    "uneven heads": ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3", "correct the field"),
+    "no layers": ("qwen2", {"num_hidden_layers": 0, "layer_types": []}, "num_hidden_layers=0", "correct the field"),
     "text for a number": ("llama", {"num_hidden_layers": "four"}, "num_hidden_layers", "correct the field"),
 }
 

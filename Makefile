@@ -1,0 +1,52 @@
+# Everything a person or a CI machine runs. `make demo` needs Python >= 3.11 and make, nothing else.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+# An index for torch alone, such as https://download.pytorch.org/whl/cpu: the CPU build is a tenth of the size.
+TORCH_INDEX ?=
+SERVE_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BENCHMARKS := $(wildcard bench/*.py)
+
+.PHONY: demo test check soak test-gpu bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/chatserve serve $(SERVE_ARGS)
+
+test: check
+	$(BIN)/python -m pytest -q -m "not soak and not gpu"
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m soak --timeout=3600
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: $(VENV)/.installed-dev
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing into $(VENV); the first time this downloads torch and takes a few minutes."
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@

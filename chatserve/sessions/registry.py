@@ -1,0 +1,100 @@
+"""The sessions in memory: loaded when asked for, kept while somebody uses them, the idle ones bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from chatserve.errors import NotFound
+from chatserve.sessions.limits import SessionLimits
+from chatserve.sessions.ports import Store
+from chatserve.sessions.session import LiveSession
+from chatserve.storage.session_store import SessionMeta
+
+
+class SessionRegistry:
+    """One `LiveSession` for each session in use. `on_loaded` is told of each that comes into memory."""
+
+    def __init__(
+        self,
+        store: Store,
+        limits: SessionLimits,
+        clock: Callable[[], float],
+        on_loaded: Callable[[LiveSession], None],
+    ) -> None:
+        self._store = store
+        self._limits = limits
+        self._clock = clock
+        self._on_loaded = on_loaded
+        self._live: dict[str, LiveSession] = {}
+        self._idle: OrderedDict[str, LiveSession] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[LiveSession]] = {}
+
+    def __iter__(self) -> Iterator[LiveSession]:
+        return iter(list(self._live.values()))
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def add(self, meta: SessionMeta) -> LiveSession:
+        """A session that was just created, without messages."""
+        return self._added(LiveSession(self._store, meta, {}, self._limits, self._clock))
+
+    def find(self, session_id: str) -> LiveSession | None:
+        """The session if it is in memory."""
+        return self._live.get(session_id)
+
+    def drop(self, live: LiveSession) -> None:
+        """Take a session out of use: it was deleted, or another server has it."""
+        if self._live.get(live.id) is live:
+            del self._live[live.id]
+            self._idle.pop(live.id, None)
+
+    @contextmanager
+    def using(self, live: LiveSession) -> Iterator[None]:
+        """Keep this session in memory meanwhile."""
+        live.num_users += 1
+        self._idle.pop(live.id, None)
+        try:
+            yield
+        finally:
+            live.num_users -= 1
+            if not live.num_users and self._live.get(live.id) is live:
+                self._idle[live.id] = live
+                self._forget_idle()
+
+    @asynccontextmanager
+    async def use(self, session_id: str, tenant: str | None = None) -> AsyncIterator[LiveSession]:
+        """A session, kept in memory meanwhile. Raises NotFound for no such session of this tenant; None is any."""
+        while (live := self._live.get(session_id)) is None:
+            await self._load(session_id)  # the loop: it may be gone again before this task's turn comes
+        if tenant is not None and live.meta.tenant != tenant:
+            raise NotFound(f"there is no session {session_id!r}", param="session_id")
+        with self.using(live):
+            yield live
+
+    async def _load(self, session_id: str) -> LiveSession:
+        """Load once, however many ask at the same time."""
+        task = self._loading.get(session_id)
+        if task is None:
+            task = self._loading[session_id] = asyncio.create_task(self._load_now(session_id))
+            task.add_done_callback(lambda _: self._loading.pop(session_id, None))
+        return await asyncio.shield(task)
+
+    async def _load_now(self, session_id: str) -> LiveSession:
+        meta = await self._store.take_fence(session_id)
+        messages = await self._store.load_messages(session_id)
+        return self._added(LiveSession(self._store, meta, messages, self._limits, self._clock))
+
+    def _added(self, live: LiveSession) -> LiveSession:
+        self._live[live.id] = self._idle[live.id] = live
+        self._forget_idle()
+        self._on_loaded(live)
+        return live
+
+    def _forget_idle(self) -> None:
+        while len(self._idle) > self._limits.max_idle_sessions:
+            session_id, _ = self._idle.popitem(last=False)
+            del self._live[session_id]

@@ -1,0 +1,164 @@
+"""Doubles of what stands behind the server's surfaces: sessions in memory and an engine that only says what it is."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from chatserve.engine.api import EngineInfo
+from chatserve.errors import NotFound, ServiceError
+from chatserve.protocol import events
+from chatserve.protocol.codec import to_wire
+from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionUpdate
+
+INFO = EngineInfo("fake-model", 4096, 100_000, 65_536, 1024, "cpu", "float32", "none")
+
+
+class FakeEngine:
+    """Ready, or not."""
+
+    info = INFO
+    ready = True
+
+
+@dataclass
+class Entry:
+    """A log entry as far as the server looks at it."""
+
+    seq: int
+    wire: bytes
+
+
+@dataclass
+class Attached:
+    """What attaching gives."""
+
+    session_id: str
+    epoch: int
+    head_seq: int
+    mode: events.Mode
+    snapshot: dict[str, Any] | None
+    after_seq: int
+
+
+@dataclass
+class Accepted:
+    """What sending gives."""
+
+    message_id: str | None
+    response_id: str
+    head_seq: int
+    duplicate: bool
+
+
+class FakeSessions:
+    """Sessions whose reply is the input again, a word a delta. `fault` is raised by the next command."""
+
+    def __init__(self) -> None:
+        self.tenants: dict[str, str] = {}
+        self.views: dict[str, dict[str, Any]] = {}
+        self.logs: dict[str, list[Entry]] = {}
+        self.keys: dict[str, str] = {}
+        self.fault: Exception | None = None
+        self.typed: list[str] = []
+        self.drained = False
+        self._ids = itertools.count(1)
+        self._grown = asyncio.Condition()
+
+    async def append(self, session_id: str, event: dict[str, Any]) -> int:
+        log = self.logs[session_id]
+        async with self._grown:
+            log.append(Entry(len(log) + 1, to_wire(events.stamp(event, session_id, len(log) + 1, 1_000))))
+            self._grown.notify_all()
+        return len(log)
+
+    def _own(self, tenant: str, session_id: str) -> dict[str, Any]:
+        if self.fault:
+            fault, self.fault = self.fault, None
+            raise fault
+        if self.tenants.get(session_id) != tenant:
+            raise NotFound(f"there is no session {session_id!r}", param="session_id")
+        return self.views[session_id]
+
+    async def create_session(self, tenant: str, command: SessionCreate) -> tuple[dict[str, Any], bool]:
+        if command.key in self.keys:
+            return self.views[self.keys[command.key]], True
+        session_id = self.keys[command.key] = f"sess_{next(self._ids)}"
+        self.tenants[session_id], self.logs[session_id] = tenant, []
+        self.views[session_id] = {"id": session_id, "title": command.title or "", "updated_at": len(self.views)}
+        await self.append(session_id, events.session_created(self.views[session_id]))
+        return self.views[session_id], False
+
+    async def update_session(self, tenant: str, command: SessionUpdate) -> dict[str, Any]:
+        view = self._own(tenant, command.session_id)
+        view["title"] = command.title
+        return view
+
+    async def delete_session(self, tenant: str, session_id: str) -> None:
+        self._own(tenant, session_id)
+        await self.append(session_id, events.session_deleted())
+        del self.views[session_id], self.tenants[session_id]
+
+    async def list_sessions(self, tenant: str, limit: int = 50, before: str | None = None) -> list[dict[str, Any]]:
+        views = [view for session_id, view in self.views.items() if self.tenants[session_id] == tenant]
+        newest_first = sorted(views, key=lambda view: -view["updated_at"])
+        ids = [view["id"] for view in newest_first]
+        return newest_first[ids.index(before) + 1 if before else 0 :][:limit]
+
+    async def get_session(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return {**self._own(tenant, session_id), "messages": []}
+
+    async def attach(self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None) -> Attached:
+        view, head_seq = self._own(tenant, session_id), len(self.logs[session_id])
+        if after_seq is None or epoch not in (None, 1):
+            return Attached(session_id, 1, head_seq, "snapshot", {**view, "messages": []}, head_seq)
+        return Attached(session_id, 1, head_seq, "replay", None, after_seq)
+
+    async def follow(self, session_id: str, after_seq: int) -> AsyncIterator[Entry]:
+        log = self.logs[session_id]
+        while session_id in self.views:
+            async with self._grown:
+                while len(log) <= after_seq:
+                    await self._grown.wait()
+            for entry in log[after_seq:]:
+                yield entry
+            after_seq = len(log)
+
+    async def create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
+        self._own(tenant, command.session_id)
+        response_id = f"resp_{next(self._ids)}"
+        text = command.input[0].text if command.input else ""
+        offset = 0
+        for word in text.split():
+            await self.append(
+                command.session_id, events.output_text_delta(response_id=response_id, offset=offset, delta=word + " ")
+            )
+            offset += len(word) + 1
+        response = events.response_object(
+            response_id=response_id, message_id="m2", parent_id="m1", model="fake-model", status="completed", text=text
+        )
+        head_seq = await self.append(command.session_id, events.response_completed(response))
+        return Accepted("m1", response_id, head_seq, False)
+
+    async def cancel_response(self, tenant: str, session_id: str, response_id: str) -> str:
+        self._own(tenant, session_id)
+        return "completed"
+
+    async def typing(self, tenant: str, session_id: str) -> None:
+        self.typed.append(session_id)
+
+    async def resume(
+        self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None, warm: bool
+    ) -> dict[str, Any]:
+        self._own(tenant, session_id)
+        return {"epoch": 1, "head_seq": len(self.logs[session_id]), "mode": "replay", "events": [], "warm": warm}
+
+    async def drain(self, timeout_s: float) -> None:
+        self.drained = True
+
+    async def ping(self) -> None:
+        if isinstance(self.fault, ServiceError):
+            raise self.fault

@@ -1,0 +1,279 @@
+"""A welcomed connection: commands, following sessions, bad input, slow readers, ends."""
+
+import asyncio
+import json
+import socket
+
+import pytest
+from websockets.asyncio.client import connect
+
+from chatserve.errors import Overloaded, Unavailable
+from chatserve.protocol import events
+from chatserve.protocol.commands import SessionCreate
+from chatserve.server.services import Timeouts
+from tests.server.conftest import HELLO, Peer
+
+
+async def new_session(peer):
+    return (await peer.ask(type="session.create", id="new", key="key-1"))["session"]["id"]
+
+
+async def test_turn_on_an_attached_session(served):
+    """Create, attach, send: the events come in order with contiguous seq, and the answer names the head."""
+    peer = await served.peer()
+    session_id = await new_session(peer)
+    attached = await peer.ask(type="session.attach", id="c1", session_id=session_id, after_seq=0)
+    assert attached == {
+        "type": "session.attached",
+        "id": "c1",
+        "session_id": session_id,
+        "epoch": 1,
+        "head_seq": 1,
+        "mode": "replay",
+    }
+    await peer.tell(type="response.create", id="c2", session_id=session_id, key="k2", input="a b c")
+    heard = [await peer.hear() for _ in range(6)]
+    log = [event for event in heard if "seq" in event]
+    assert [event["seq"] for event in log] == [1, 2, 3, 4, 5]
+    assert "".join(event.get("delta", "") for event in log) == "a b c "
+    answers = [event for event in heard if event["type"] == "ok"]
+    assert answers == [
+        {"type": "ok", "id": "c2", "message_id": "m1", "response_id": "resp_2", "head_seq": 5, "duplicate": False}
+    ]
+
+
+async def test_json_connection(served):
+    """The JSON subprotocol says the same in text."""
+    peer = await served.connect(subprotocol="chatserve.v1.json")
+    await peer.send(json.dumps(HELLO))
+    assert json.loads(await peer.recv())["type"] == "welcome"
+    await peer.send(json.dumps({"type": "session.create", "id": "c1", "key": "k1", "title": "Überblick"}))
+    answer = json.loads(await peer.recv())
+    while answer["type"] != "ok":
+        answer = json.loads(await peer.recv())
+    session_id = answer["session"]["id"]
+    assert answer["session"]["title"] == "Überblick"
+    await peer.send(json.dumps({"type": "session.attach", "id": "c2", "session_id": session_id, "after_seq": 0}))
+    heard = [json.loads(await peer.recv()) for _ in range(3)]
+    assert [event["type"] for event in heard if event["type"] != "sessions.changed"][:2] == [
+        "session.attached",
+        "session.created",
+    ]
+
+
+async def test_replay_after_a_cursor(served):
+    """Attaching with a cursor brings what came after it, once, then what follows."""
+    writer = await served.peer()
+    session_id = await new_session(writer)
+    await served.sessions.append(session_id, events.output_text_delta(response_id="r", offset=0, delta="x"))
+    reader = await served.peer()
+    await reader.ask(type="session.attach", id="c1", session_id=session_id, epoch=1, after_seq=1)
+    assert (await reader.hear())["seq"] == 2
+    await served.sessions.append(session_id, events.output_text_delta(response_id="r", offset=1, delta="y"))
+    assert (await reader.hear())["seq"] == 3
+
+
+async def test_resume_in_hello(served):
+    """Hello with cursors is answered by welcome, an announcement for each session, and an error for one that is not."""
+    writer = await served.peer()
+    session_id = await new_session(writer)
+    resume = [
+        {"session_id": session_id, "epoch": 1, "after_seq": 0},
+        {"session_id": "sess_gone", "epoch": 1, "after_seq": 5},
+    ]
+    reader = await served.peer(resume=resume)
+    heard = [await reader.hear() for _ in range(3)]
+    by_type = {event["type"]: event for event in heard}
+    assert by_type["session.attached"]["session_id"] == session_id
+    assert "id" not in by_type["session.attached"]
+    assert by_type["session.created"]["seq"] == 1
+    assert by_type["error"]["session_id"] == "sess_gone"
+    assert by_type["error"]["error"]["code"] == "session_not_found"
+
+
+async def test_detach_stops_events(served):
+    """After detach nothing of the session arrives; attaching again goes on from the cursor."""
+    peer = await served.peer()
+    session_id = await new_session(peer)
+    await peer.ask(type="session.attach", id="c1", session_id=session_id)
+    assert await peer.ask(type="session.detach", id="c2", session_id=session_id) == {"type": "ok", "id": "c2"}
+    await served.sessions.append(session_id, events.output_text_delta(response_id="r", offset=0, delta="x"))
+    assert (await peer.ask(type="ping", t=3.0))["type"] == "pong"
+
+
+async def test_attaching_twice_moves_the_cursor(served):
+    """A second attach replaces the first: one copy of each event, from the new cursor."""
+    peer = await served.peer()
+    session_id = await new_session(peer)
+    for number in range(2):
+        await peer.tell(type="session.attach", id=f"c{number}", session_id=session_id, after_seq=0)
+    await peer.tell(type="ping", t=0.0)
+    heard = []
+    while not heard or heard[-1]["type"] != "pong":
+        heard.append(await peer.hear())
+    await served.sessions.append(session_id, events.output_text_delta(response_id="r", offset=0, delta="x"))
+    assert (await peer.hear())["seq"] in (1, 2)
+    assert sum(event["type"] == "session.attached" for event in heard) == 2
+
+
+async def test_too_many_sessions_followed(serve):
+    """Past the limit attach is refused; one that is followed already may be attached again."""
+    served = await serve(max_connection_sessions=1)
+    peer = await served.peer()
+    session_id = await new_session(peer)
+    other = (await served.sessions.create_session("local", SessionCreate(id="x", key="k2")))[0]["id"]
+    await peer.tell(type="session.attach", id="c1", session_id=session_id)
+    await peer.tell(type="session.attach", id="c2", session_id=other)
+    await peer.tell(type="session.attach", id="c3", session_id=session_id)
+    answers = {}
+    while len(answers) < 3:
+        event = await peer.hear()
+        if "id" in event:
+            answers[event["id"]] = event.get("error", {}).get("code", event["type"])
+    assert answers == {"c1": "session.attached", "c2": "rate_limited", "c3": "session.attached"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "param"),
+    [
+        ({"type": "session.destroy", "id": "c1"}, "unknown_type", "type"),
+        ({"type": "session.create", "id": "c1"}, "missing_field", "key"),
+        ({"type": "session.create", "id": "c1", "key": "k", "title": 5}, "invalid_value", "title"),
+        ({"type": "session.attach", "id": "c1", "session_id": "sess_none"}, "session_not_found", "session_id"),
+    ],
+)
+async def test_refused_command(served, command, code, param):
+    """A refusal carries the command's id, the code and the field, and the connection goes on."""
+    peer = await served.peer()
+    answer = await peer.ask(**command)
+    assert (answer["type"], answer["id"]) == ("error", "c1")
+    assert (answer["error"]["code"], answer["error"]["param"]) == (code, param)
+    assert (await peer.ask(type="ping", t=1.5))["t"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "retryable"),
+    [
+        (Unavailable("redis is away"), "storage_unavailable", True),
+        (Overloaded("full", retry_after_ms=5), "queue_full", True),
+        (KeyError("a fault of ours"), "internal_error", False),
+    ],
+)
+async def test_failed_command(served, fault, code, retryable):
+    """Whatever a command runs into becomes an error object that tells nothing of our insides."""
+    peer = await served.peer()
+    session_id = await new_session(peer)
+    served.sessions.fault = fault
+    await peer.tell(type="response.create", id="c2", session_id=session_id, key="k", input="hi")
+    answer = await peer.hear()
+    while answer.get("id") != "c2":
+        answer = await peer.hear()
+    assert answer["session_id"] == session_id
+    assert (answer["error"]["code"], answer["error"]["retryable"]) == (code, retryable)
+    assert "a fault" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("garbage", [b"\xc1", b"", b"\x93\x01\x02\x03", "text on a msgpack connection"])
+async def test_bad_message(served, garbage):
+    """What is no command at all is answered, then the connection closes with 4400."""
+    peer = await served.peer()
+    await peer.socket.send(garbage)
+    assert (await peer.hear())["error"]["code"] == "bad_message"
+    assert await peer.closed_with() == 4400
+
+
+async def test_message_too_large(serve):
+    """A message past the limit closes with 1009 before it is read into memory."""
+    served = await serve(max_message_bytes="4k")
+    peer = await served.peer()
+    await peer.socket.send(b"x" * 5000)
+    assert await peer.closed_with() == 1009
+
+
+async def test_sessions_changed_reaches_the_tenant_only(serve):
+    """Other connections of the tenant learn that the list changed, those of another tenant do not."""
+    served = await serve(api_keys=("alice=alices-key", "bob=bobs-key-2"))
+    alice, other = await served.peer(token="alices-key"), await served.peer(token="alices-key")
+    bob = await served.peer(token="bobs-key-2")
+    await alice.tell(type="session.create", id="c1", key="k1")
+    assert await other.hear_any() == {"type": "sessions.changed"}
+    await bob.tell(type="ping", t=1.0)
+    assert (await bob.hear_any())["type"] == "pong"
+
+
+async def test_failed_following_is_reported(served, monkeypatch):
+    """If a session's log cannot be read on, the client is told which session stands still."""
+    peer = await served.peer()
+    session_id = await new_session(peer)
+
+    async def broken(session_id, after_seq):
+        raise Unavailable("redis is away")
+        yield
+
+    monkeypatch.setattr(served.sessions, "follow", broken)
+    await peer.tell(type="session.attach", id="c1", session_id=session_id)
+    event = await peer.hear()
+    while event["type"] != "error":
+        event = await peer.hear()
+    assert event["session_id"] == session_id
+    assert event["error"]["code"] == "storage_unavailable"
+    assert "id" not in event
+
+
+async def test_slow_reader_holds_up_nobody(serve):
+    """Who stops reading is cut off; another reader of the same session gets everything meanwhile."""
+    served = await serve(timeouts=Timeouts(stuck_s=0.3))
+    quick = await served.peer()
+    session_id = await new_session(quick)
+    raw = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow_socket = await connect(
+        served.url.replace("http", "ws") + "/v1/ws",
+        sock=raw,
+        subprotocols=["chatserve.v1.msgpack"],
+        proxy=None,
+        max_queue=1,
+        ping_interval=None,
+    )
+    slow = Peer(slow_socket)
+    await slow.ask(**HELLO)
+    await slow.ask(type="session.attach", id="c1", session_id=session_id, after_seq=0)
+    await quick.ask(type="session.attach", id="c1", session_id=session_id, after_seq=0)
+    delta = "x" * 60_000
+    for number in range(200):  # 12 MB: more than the sockets between us hold
+        await served.sessions.append(
+            session_id, events.output_text_delta(response_id="r", offset=number * 60_000, delta=delta)
+        )
+    seqs = []
+    while not seqs or seqs[-1] < 201:
+        seqs += [event["seq"] for event in [await quick.hear()] if "seq" in event]
+    assert seqs == list(range(1, 202))
+    async with asyncio.timeout(5):
+        while served.services.hub.num_connections > 1:
+            await asyncio.sleep(0.02)
+    assert (await quick.ask(type="ping", t=1.0))["type"] == "pong"
+    slow_socket.transport.abort()
+
+
+async def test_disconnect_ends_the_connection_only(served):
+    """A peer that vanishes leaves nothing behind, and its session goes on."""
+    peer = await served.peer()
+    session_id = await new_session(peer)
+    await peer.ask(type="session.attach", id="c1", session_id=session_id)
+    peer.socket.transport.abort()
+    async with asyncio.timeout(5):
+        while served.services.hub.num_connections:
+            await asyncio.sleep(0.01)
+    await served.sessions.append(session_id, events.output_text_delta(response_id="r", offset=0, delta="x"))
+    assert session_id in served.sessions.views
+
+
+async def test_close_all(served):
+    """At the end every connection gets what was queued for it and a close code that says to come back."""
+    peers = [await served.peer() for _ in range(3)]
+    served.services.hub.begin_drain(0)
+    await served.services.hub.close_all(1012, "the server is shutting down", 2.0)
+    assert served.services.hub.num_connections == 0
+    for peer in peers:
+        assert (await peer.hear())["type"] == "goaway"
+        assert await peer.closed_with() == 1012
