@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvstore.arrays import GrowingArray, PageArray, TokenArray
+from kvstore.layout import KVLayout
 
 
 @dataclass(eq=False, slots=True)
 class Resident:
     """A session whose range maps the first `num_pages` pages of a path, and perhaps the tail that it wrote.
 
-    `node` owns the last of these pages (the root when there is none); `tail_node` is where its tail hangs.
+    `node` owns the last of these pages (None when there is none); `tail_node` is where its tail hangs.
     """
 
     session_id: str
@@ -36,7 +37,7 @@ class Tail:
 
 
 class Node:
-    """One edge of the tree, and what hangs below it. The root has no parent and an empty edge."""
+    """One edge of the tree, and what hangs below it."""
 
     __slots__ = ("children", "last_used_s", "pages", "parent", "queued", "residents", "start", "tail", "tokens")
 
@@ -84,6 +85,13 @@ class Node:
         owners = [self.tail.owner] if self.tail and self.tail.owner else []
         return {resident.session_id for resident in [*self.residents, *owners]}
 
+    def owner_of(self, num_pages: int, layout: KVLayout) -> Node | None:
+        """Which of this node and its ancestors owns the last of the path's first `num_pages` pages; None for none."""
+        node: Node | None = self
+        while node is not None and layout.complete_pages(node.start) >= num_pages:
+            node = node.parent
+        return node
+
     def set_tail(self, page: int, owner: Resident | None) -> None:
         """Hang `page` at this edge's end, in the place of any tail."""
         self.take_tail()
@@ -98,6 +106,16 @@ class Node:
         if tail is not None and tail.owner is not None:
             tail.owner.tail_node = None
         return tail
+
+
+class Root(Node):
+    """Where the paths of one salt begin; `key` is its place in the index. No edge, no pages, no parent."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(None, 0, [], [])
+        self.key = key
 
 
 def disown_tail(resident: Resident) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,66 +16,8 @@ from kvstore.arrays import PageArray, TokenArray, as_page_array, as_token_array,
 from kvstore.errors import ensure
 from kvstore.eviction import EvictionPolicy, EvictionQueue, LeastRecentlyUsed
 from kvstore.layout import KVLayout
-from kvstore.node import Node, Resident, Tail, disown_tail
-
-NO_PAGES: PageArray = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Boundary:
-    """The page in which a match ends: its first `num_bytes` bytes are rows of the matched tokens, to be copied."""
-
-    page: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The longest prefix whose rows are all there: complete pages to map, and the boundary page to copy from.
-
-    `node` is where the walk ended, for `RadixIndex.attach`.
-    """
-
-    num_tokens: int
-    pages: PageArray
-    boundary: Boundary | None
-    node: Node | None = None
-
-    def without_boundary(self, layout: KVLayout) -> Match:
-        """The longest shorter match that does not need this one's boundary page."""
-        num_tokens = layout.complete_tokens(len(self.pages))
-        num_bytes = layout.boundary_bytes(num_tokens)
-        complete = layout.complete_pages(num_tokens)
-        boundary = Boundary(int(self.pages[complete]), num_bytes) if num_bytes else None
-        return Match(num_tokens, self.pages[:complete], boundary, self.node)
-
-
-@dataclass(frozen=True, slots=True)
-class Insertion:
-    """What an insert did: the path's pages as they are now, how many were there before, and a tail it made redundant."""
-
-    pages: PageArray
-    num_known: int
-    dropped: Tail | None
-    node: Node
-
-
-@dataclass(frozen=True, slots=True)
-class TailInsertion:
-    """Whether the index took the page, and a tail it made redundant (the same page when it was that tail before)."""
-
-    taken: bool
-    dropped: Tail | None
-
-
-@dataclass(slots=True)
-class Eviction:
-    """Pages that left the index, the sessions that must unmap beyond their `num_pages`, and the tokens lost."""
-
-    pages: list[int] = field(default_factory=list)
-    residents: dict[Resident, None] = field(default_factory=dict)
-    num_tokens: int = 0
-
+from kvstore.node import Node, Resident, Root, Tail, disown_tail
+from kvstore.results import NO_MATCH, NO_PAGES, Boundary, Eviction, Insertion, Match, TailInsertion
 
 class RadixIndex:
     """Trees of pages by (fingerprint, salt). A page stands in it once, as part of an edge or as a tail.
@@ -96,23 +37,21 @@ class RadixIndex:
         self._fingerprint = fingerprint
         self._clock = clock
         self._queue: EvictionQueue[Node] = EvictionQueue(policy or LeastRecentlyUsed())
-        self._roots: dict[bytes, Node] = {}
+        self._roots: dict[bytes, Root] = {}
 
     def match(self, salt: bytes, token_ids: Sequence[int] | TokenArray) -> Match:
         """The longest prefix of `token_ids` with all its rows here, exact to the token."""
         tokens = as_token_array(token_ids)
         path, depth = self._walk(salt, tokens)
         if depth == 0:
-            return Match(0, NO_PAGES, None, path[0] if path else None)
+            return NO_MATCH
         path[-1].last_used_s = self._clock()
         pages = _pages_of(path)[: self._layout.complete_pages(depth)]
         num_bytes = self._layout.boundary_bytes(depth)
-        if num_bytes == 0:
-            return Match(depth, pages, None, path[-1])
-        page = self._find_page(path[-1], len(pages))
-        if page is None:
-            return Match(depth, pages, None, path[-1]).without_boundary(self._layout)
-        return Match(depth, pages, Boundary(page, num_bytes), path[-1])
+        page = self._find_page(path[-1], len(pages)) if num_bytes else None
+        boundary = Boundary(page, num_bytes) if page is not None else None
+        match = Match(depth, pages, boundary, path[-1].owner_of(len(pages), self._layout))
+        return match if boundary or not num_bytes else match.without_boundary(self._layout)
 
     def lookup(self, salt: bytes, token_ids: Sequence[int] | TokenArray) -> PageArray:
         """The complete pages known for a prefix of `token_ids`; changes nothing."""
@@ -129,13 +68,13 @@ class RadixIndex:
         tokens, new_pages = as_token_array(token_ids), as_page_array(pages)
         layout = self._layout
         if layout.complete_pages(len(tokens)) != len(new_pages):
-            raise ValueError(f"{len(tokens)} tokens complete {layout.complete_pages(len(tokens))} pages, not {len(pages)}")
+            raise ValueError(f"{len(pages)} pages: {len(tokens)} tokens complete {layout.complete_pages(len(tokens))}")
+        if len(new_pages) == 0:
+            return Insertion(new_pages, 0, None, None)
         tokens = tokens[: layout.tokens_to_fill(len(new_pages))]
-        path, depth = self._walk(salt, tokens, create=True)
-        node, dropped, known = path[-1], None, _pages_of(path)[: layout.complete_pages(depth)]
-        if depth < len(tokens):
-            node, dropped = self._grow(node, depth, tokens[depth:], new_pages[len(known) :])
-        node.last_used_s = self._clock()
+        path, depth = self._walk(salt, tokens)
+        known = _pages_of(path)[: layout.complete_pages(depth)]
+        node, dropped = self._continue(salt, path, depth, tokens, new_pages[len(known) :])
         return Insertion(np.concatenate((known, new_pages[len(known) :])), len(known), dropped, node)
 
     def insert_tail(
@@ -147,44 +86,25 @@ class RadixIndex:
         """
         tokens = as_token_array(token_ids)
         index = self._layout.complete_pages(len(tokens))
-        path, depth = self._walk(salt, tokens, create=True)
+        path, depth = self._walk(salt, tokens)
         if not self._layout.boundary_bytes(len(tokens)) or self._layout.complete_pages(depth) != index:
             raise ValueError(f"tail of {len(tokens)} tokens: insert the {index} complete pages before it first")
-        node, dropped = path[-1], None
-        node.last_used_s = self._clock()
-        if depth < len(tokens):
-            node, dropped = self._grow(node, depth, tokens[depth:], NO_PAGES)
-            node.last_used_s = self._clock()
-        elif (found := self._find_page(node, index)) is not None and found != page:
-            return TailInsertion(taken=False, dropped=None)
-        elif found is not None:
-            dropped = node.take_tail()
+        if depth == len(tokens) and (found := self._find_page(path[-1], index)) is not None:
+            return TailInsertion(found == page, None)
+        node, dropped = self._continue(salt, path, depth, tokens, NO_PAGES)
         node.set_tail(page, owner)
         self._queue.offer(node)
-        return TailInsertion(taken=True, dropped=dropped)
+        return TailInsertion(True, dropped)
 
     def attach(self, resident: Resident, node: Node | None, num_pages: int) -> None:
-        """The session now maps the first `num_pages` pages of the path through `node`, and, for now, no tail."""
-        self.detach(resident)
-        while node is not None and node.parent is not None and self._first_page(node) >= num_pages:
-            node = node.parent
-        resident.node, resident.num_pages = node, num_pages
-        if node is not None:
-            node.residents[resident] = None
-
-    def move(self, resident: Resident, node: Node, num_pages: int) -> None:
-        """As `attach`, but the session's tail, if any, stays its own."""
-        tail_node, resident.tail_node = resident.tail_node, None
-        self.attach(resident, node, num_pages)
-        resident.tail_node = tail_node
+        """From now on the session maps the first `num_pages` pages of the path through `node`."""
+        resident.num_pages = num_pages
+        _register(resident, node.owner_of(num_pages, self._layout) if node else None)
 
     def detach(self, resident: Resident) -> None:
-        """The session maps nothing of the index any more."""
+        """From now on the session maps nothing of the index, nor a tail of its own."""
         disown_tail(resident)
-        node, resident.node, resident.num_pages = resident.node, None, 0
-        if node is not None:
-            del node.residents[resident]
-            self._forget_empty_root(node)
+        self.attach(resident, None, 0)
 
     def evict(self, num_pages: int, is_pinned: Callable[[int], bool]) -> Eviction:
         """Let go of up to `num_pages` pages: leaves in the policy's order, tail first, then from the end.
@@ -205,13 +125,13 @@ class RadixIndex:
 
     def drop(self, salt: bytes) -> list[int]:
         """Forget everything under a salt; returns its pages. Raises ValueError while a session maps some of them."""
-        nodes = list(_subtree(self._roots.get(self._key(salt))))
+        root = self._roots.get(self._key(salt))
+        nodes = list(_subtree(root)) if root else []
         if any(node.residents for node in nodes):
             raise ValueError("drop of a salt whose pages sessions still map: detach them first")
         self._roots.pop(self._key(salt), None)
         for node in nodes:
-            node.parent = None  # the eviction queue passes it over
-            node.children = {}
+            node.parent = None  # so that the eviction queue passes it over
         return [page for node in nodes for page in _own_pages(node)]
 
     def pages(self) -> Iterator[int]:
@@ -233,27 +153,27 @@ class RadixIndex:
         """Raise IntegrityError where a tree breaks the rules of its edges, pages, tails or residents."""
         pages = list(self.pages())
         ensure(len(pages) == len(set(pages)), "a page stands in the index twice")
-        for root in self._roots.values():
-            ensure(root.parent is None and root.is_empty and root.end == 0, "a root owns something")
-            ensure(bool(root.children or root.residents), "an empty root was kept")
+        for key, root in self._roots.items():
+            ensure(root.key == key and root.parent is None and root.end == 0, "a root is not one")
+            ensure(root.is_empty and not root.residents and bool(root.children), "a root owns something, or is bare")
             for node in _subtree(root):
+                self._check_children(node)
                 self._check_node(node)
 
-    def _check_node(self, node: Node) -> None:
-        layout = self._layout
+    def _check_children(self, node: Node) -> None:
         for token, child in node.children.items():
             ensure(child.parent is node and child.start == node.end, "a child hangs in the wrong place")
             ensure(len(child.tokens) > 0 and child.tokens.view[0] == token, "an edge does not begin with its token")
-        owned = layout.complete_pages(node.end) - layout.complete_pages(node.start)
-        ensure(len(node.pages) == owned, f"an edge to token {node.end} owns {len(node.pages)} pages, not {owned}")
-        if node.is_leaf:
-            self._check_leaf(node)
+
+    def _check_node(self, node: Node) -> None:
+        first, last = self._first_page(node), self._layout.complete_pages(node.end)
+        ensure(len(node.pages) == last - first, f"an edge owns {len(node.pages)} pages, not {first} to {last}")
         ensure(node.tail is None or node.is_leaf, "an inner node has a tail")
         for resident in node.residents:
             ensure(resident.node is node, "a resident is registered at another node")
-            first, last = layout.complete_pages(node.start), layout.complete_pages(node.end)
-            inside = first < resident.num_pages <= last if node.parent else resident.num_pages == 0
-            ensure(inside, f"a resident of {resident.num_pages} pages is registered at pages {first} to {last}")
+            ensure(first < resident.num_pages <= last, "a resident is registered at pages it does not map")
+        if node.is_leaf:
+            self._check_leaf(node)
 
     def _check_leaf(self, node: Node) -> None:
         ensure(not node.is_empty, "a leaf holds no page")
@@ -268,15 +188,12 @@ class RadixIndex:
     def _key(self, salt: bytes) -> bytes:
         return hashlib.sha256(len(self._fingerprint).to_bytes(8, "big") + self._fingerprint + salt).digest()
 
-    def _walk(self, salt: bytes, tokens: TokenArray, *, create: bool = False) -> tuple[list[Node], int]:
+    def _walk(self, salt: bytes, tokens: TokenArray) -> tuple[list[Node], int]:
         """The nodes on the way, root first (none without a root), and how many tokens agree."""
-        node = self._roots.get(self._key(salt))
-        if node is None:
-            if not create:
-                return [], 0
-            node = self._roots[self._key(salt)] = Node(None, 0, [], [])
-        path, depth = [node], 0
-        while depth == path[-1].end and depth < len(tokens):
+        root = self._roots.get(self._key(salt))
+        path: list[Node] = [root] if root else []
+        depth = 0
+        while path and depth == path[-1].end and depth < len(tokens):
             child = path[-1].children.get(int(tokens[depth]))
             if child is None:
                 break
@@ -307,6 +224,21 @@ class RadixIndex:
             return node.start
         return self._layout.tokens_to_fill(self._first_page(node) + len(node.pages))
 
+    def _continue(
+        self, salt: bytes, path: list[Node], depth: int, tokens: TokenArray, pages: PageArray
+    ) -> tuple[Node, Tail | None]:
+        """Make the tree hold all of `tokens`, of which a walk found `depth`; `pages` are the new tokens' own."""
+        dropped, node = None, path[-1] if path else self._new_root(salt)
+        if depth < len(tokens):
+            node, dropped = self._grow(node, depth, tokens[depth:], pages)
+        node.last_used_s = self._clock()
+        return node, dropped
+
+    def _new_root(self, salt: bytes) -> Node:
+        root = Root(self._key(salt))
+        self._roots[root.key] = root
+        return root
+
     def _grow(self, node: Node, depth: int, tokens: TokenArray, pages: PageArray) -> tuple[Node, Tail | None]:
         """Continue a path beyond `depth` in `node`: a leaf's edge is extended, else a child is hung there."""
         if depth < node.end:
@@ -328,74 +260,83 @@ class RadixIndex:
         assert node.parent is not None
         upper = Node(node.parent, node.start, node.tokens.view[:num_tokens], node.pages.view[:num_pages])
         upper.last_used_s = node.last_used_s
-        upper.parent = node.parent
         node.parent.children[int(upper.tokens.view[0])] = upper
         upper.children[int(node.tokens.view[num_tokens])] = node
         node.parent, node.start = upper, depth
         node.tokens.drop_front(num_tokens)
         node.pages.drop_front(num_pages)
         for resident in [r for r in node.residents if r.num_pages <= self._first_page(node)]:
-            self._register(resident, upper)
+            _register(resident, upper)
         return upper
-
-    def _register(self, resident: Resident, node: Node) -> None:
-        assert resident.node is not None
-        del resident.node.residents[resident]
-        resident.node = node
-        node.residents[resident] = None
 
     def _evict_from(self, leaf: Node, num_pages: int, is_pinned: Callable[[int], bool], eviction: Eviction) -> None:
         before, end = len(eviction.pages), leaf.end
         if leaf.tail is not None and not is_pinned(leaf.tail.page):
-            tail = leaf.take_tail()
-            assert tail is not None
-            eviction.pages.append(tail.page)
-            if tail.owner is not None:
-                eviction.residents[tail.owner] = None
+            self._evict_tail(leaf, eviction)
         while leaf.tail is None and len(leaf.pages) and len(eviction.pages) < num_pages:
-            page = int(leaf.pages.view[-1])
-            if is_pinned(page):
+            start = self._last_group(leaf)
+            group = leaf.pages.view[start:].tolist()
+            if any(is_pinned(page) for page in group):
                 break
-            leaf.pages.truncate(len(leaf.pages) - 1)
-            eviction.pages.append(page)
+            leaf.pages.truncate(start)
+            eviction.pages += reversed(group)
         if len(eviction.pages) > before:
-            self._trim(leaf, eviction)
-            eviction.num_tokens += end - max(leaf.end, leaf.start)
+            eviction.num_tokens += end - self._trim(leaf, eviction)
 
-    def _trim(self, leaf: Node, eviction: Eviction) -> None:
-        """Shorten a leaf's edge to the pages it has left; remove it, and parents left bare, when there are none."""
-        node: Node | None = leaf
-        while node is not None and node.is_leaf and node.tail is None:
-            node.tokens.truncate(self._minimal_end(node) - node.start)
+    def _evict_tail(self, leaf: Node, eviction: Eviction) -> None:
+        tail = leaf.take_tail()
+        assert tail is not None
+        eviction.pages.append(tail.page)
+        if tail.owner is not None:
+            eviction.residents[tail.owner] = None
+
+    def _last_group(self, leaf: Node) -> int:
+        """Where in the edge the pages begin that only leave together: those its last token completes.
+
+        More than one only where a token is larger than a page, since an edge ends between tokens.
+        """
+        first = self._first_page(leaf)
+        last_token = self._layout.tokens_to_fill(first + len(leaf.pages)) - 1
+        return self._layout.complete_pages(last_token) - first
+
+    def _trim(self, leaf: Node, eviction: Eviction) -> int:
+        """Shorten a leaf to the pages it has left, and remove it, and parents left bare, when there are none.
+
+        Returns how many tokens of the path are left.
+        """
+        node = leaf
+        while node.is_leaf and node.tail is None:
             self._cut_residents(node, eviction)
-            node = self._remove(node) if node.is_empty else None
+            if len(node.pages):
+                node.tokens.truncate(self._minimal_end(node) - node.start)
+                break
+            node = self._remove(node)
+        return node.end
 
     def _cut_residents(self, node: Node, eviction: Eviction) -> None:
         num_pages = self._first_page(node) + len(node.pages)
         for resident in [r for r in node.residents if r.num_pages > num_pages]:
             eviction.residents[resident] = None
-            resident.num_pages = num_pages
-            above = node
-            while above.parent is not None and self._first_page(above) >= num_pages:
-                above = above.parent
-            self._register(resident, above)
+            self.attach(resident, node, num_pages)
 
-    def _remove(self, node: Node) -> Node | None:
-        """Take an empty leaf out; returns its parent. The parent was used when the child was."""
+    def _remove(self, node: Node) -> Node:
+        """Take an empty leaf out; returns its parent, which was used when the child was."""
         parent, node.parent = node.parent, None
         assert parent is not None
-        token = next(token for token, child in parent.children.items() if child is node)
-        del parent.children[token]
+        del parent.children[int(node.tokens.view[0])]
         parent.last_used_s = max(parent.last_used_s, node.last_used_s)
         self._queue.offer(parent)
-        self._forget_empty_root(parent)
+        if isinstance(parent, Root) and not parent.children:
+            del self._roots[parent.key]
         return parent
 
-    def _forget_empty_root(self, node: Node) -> None:
-        if node.parent is None and not node.children and not node.residents:
-            key = next((key for key, root in self._roots.items() if root is node), None)
-            if key is not None:
-                del self._roots[key]
+
+def _register(resident: Resident, node: Node | None) -> None:
+    if resident.node is not None:
+        del resident.node.residents[resident]
+    resident.node = node
+    if node is not None:
+        node.residents[resident] = None
 
 
 def _pages_of(path: Sequence[Node]) -> PageArray:
@@ -403,12 +344,12 @@ def _pages_of(path: Sequence[Node]) -> PageArray:
 
 
 def _own_pages(node: Node) -> list[int]:
-    return node.pages.view.tolist() + ([node.tail.page] if node.tail else [])
+    return [*node.pages.view.tolist(), *([node.tail.page] if node.tail else [])]
 
 
-def _subtree(node: Node | None) -> Iterator[Node]:
+def _subtree(node: Node) -> Iterator[Node]:
     """The node and all below it, each before its children."""
-    stack = [node] if node is not None else []
+    stack = [node]
     while stack:
         node = stack.pop()
         yield node

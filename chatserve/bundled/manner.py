@@ -26,7 +26,8 @@ class Style:
             text = self._casual(rng, template) + rng.choice(("", "", "", mark))
         else:
             text = formal(template) + (mark if rng.random() < 0.9 else "")
-            slots = {slot: capitalised(value) if text.startswith(f"{{{slot}}}") else value for slot, value in slots.items()}
+            if text.startswith("{k}"):
+                slots = slots | {"k": capitalised(slots["k"])}
         for slot, value in slots.items():
             text = text.replace(f"{{{slot}}}", value)
         return american(text) if self.american else text

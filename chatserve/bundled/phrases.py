@@ -78,10 +78,21 @@ TEXTS: dict[str, str] = {
     "main dish": "food", "religion": "word", "major": "hobby", "email": "word", "club": "word", "course": "word",
     "country": "city", "station": "word", "brand": "word", "plan": "word", "goal": "word", "dream": "food",
 }  # fmt: skip
-SEVERAL = rows("cats | dogs | sisters | brothers | kids | children | daughters | sons | friends | parents | parrots | rabbits | horses | fish | hamsters | cousins | chickens")
-COUNTED = (*SEVERAL, *rows("cars | bikes | books | cups | plants | phones | houses | boats | guitars | chairs | tickets | windows | computers"))
-VERBS = rows("study | speak | play | drive | teach | collect | drink | read | grow | sell | build | write | paint | cook | need | prefer | own | watch")
-ADJECTIVES = rows("old | new | red | blue | big | little | second | other | spare | black | white | small | good | green")
+SEVERAL = rows(
+    "cats | dogs | sisters | brothers | kids | children | daughters | sons | friends | parents | parrots | rabbits | horses | fish | hamsters | cousins | chickens"
+)
+COUNTED = (
+    *SEVERAL,
+    *rows(
+        "cars | bikes | books | cups | plants | phones | houses | boats | guitars | chairs | tickets | windows | computers"
+    ),
+)
+VERBS = rows(
+    "study | speak | play | drive | teach | collect | drink | read | grow | sell | build | write | paint | cook | need | prefer | own | watch"
+)
+ADJECTIVES = rows(
+    "old | new | red | blue | big | little | second | other | spare | black | white | small | good | green"
+)
 SECRETS = rows("password | code | pin | number | key code | login | combination | name | date | price | address")
 COLOURED = rows("""
     car | bike | house | door | coat | hat | shirt | umbrella | scarf | bag | phone | kitchen | sofa | boat | jacket
@@ -350,27 +361,41 @@ KINDS: tuple[Kind, ...] = (
     ),
 )  # fmt: skip
 
-COMPOUNDS: tuple[tuple[str, str, str, str], ...] = (
-    ("home of", "lives in {w}", "lives in {w}", ""),
-    ("home of", "is from {w}", "lives in {w}", ""),
-    ("age of", "is {w} years old", "is {w} years old", ""),
-    ("age of", "is {w}", "is {w} years old", ""),
-    ("job of", "works as {w}", "works as {w}", ""),
-    ("job of", "is {w}", "works as {w}", ""),
-    ("likes of", "likes {w}", "likes {w}", ""),
-    ("likes of", "loves {w}", "likes {w}", ""),
+COMPOUNDS: tuple[tuple[str, str, str], ...] = (
+    ("home of", "lives in {w}", "lives in {w}"),
+    ("home of", "is from {w}", "lives in {w}"),
+    ("age of", "is {w} years old", "is {w} years old"),
+    ("age of", "is {w}", "is {w} years old"),
+    ("job of", "works as {w}", "works as {w}"),
+    ("job of", "is {w}", "works as {w}"),
+    ("likes of", "likes {w}", "likes {w}"),
+    ("likes of", "loves {w}", "likes {w}"),
 )
 COMPOUND_TELLS = rows("""
     {k} {v} {c} | {k}, {v}, {c} | {k} is called {v} and {e} {c} | {k}'s name is {v} and {e} {c} | i have a {n} called {v}, {e} {c}
     {k} is {v} and {e} {c} | {k} {v} {c} | i have a {n} called {v} and {e} {c} | {v} is {k}, {e} {c} | {k} is named {v} and {e} {c}
 """)
-NAME_AND_HOME = rows("i am {v} from {c} | i'm {v} from {c} | my name is {v} from {c} | {v} from {c} here | i'm {v}, i live in {c} | this is {v} from {c}")
-ANNOUNCE = rows("i have a {n} | i've got a {n} | i got a {n} | i have a new {n} | did you know that i have a {n} | we have a {n} | yes, i have a {n} | i own a {n} | guess what, i have a {n}")
-YOURS = rows("and you | and yours | what's yours | what is yours | what about you | and what is your name | what is your name | and who are you")
-AGAIN = rows("say that again | repeat that | can you repeat that | come again | what did you say | please repeat that | once more please | again please | what was that | repeat your answer")
-LIST_REMOVE_SHORT = rows("remove {v} | take {v} off | delete {v} | cross out {v} | remove {v} again | take {v} off it | remove {v} from it")
-LIST_SHOW_SHORT = rows("show it | read it | what is on it | what's on it | show it to me | read it to me | what is on it now")
-WHO_IS = rows("who is {v} | who's {v} | who was {v} | do you know who {v} is | do you remember {v} | remind me who {v} is | tell me who {v} is")
+NAME_AND_HOME = rows(
+    "i am {v} from {c} | i'm {v} from {c} | my name is {v} from {c} | {v} from {c} here | i'm {v}, i live in {c} | this is {v} from {c}"
+)
+ANNOUNCE = rows(
+    "i have a {n} | i've got a {n} | i got a {n} | i have a new {n} | did you know that i have a {n} | we have a {n} | yes, i have a {n} | i own a {n} | guess what, i have a {n}"
+)
+YOURS = rows(
+    "and you | and yours | what's yours | what is yours | what about you | and what is your name | what is your name | and who are you"
+)
+AGAIN = rows(
+    "say that again | repeat that | can you repeat that | come again | what did you say | please repeat that | once more please | again please | what was that | repeat your answer"
+)
+LIST_REMOVE_SHORT = rows(
+    "remove {v} | take {v} off | delete {v} | cross out {v} | remove {v} again | take {v} off it | remove {v} from it"
+)
+LIST_SHOW_SHORT = rows(
+    "show it | read it | what is on it | what's on it | show it to me | read it to me | what is on it now"
+)
+WHO_IS = rows(
+    "who is {v} | who's {v} | who was {v} | do you know who {v} is | do you remember {v} | remind me who {v} is | tell me who {v} is"
+)
 
 TELL_OPENERS = rows("""
     hi, | hello, | hey, | by the way, | ok so | just so you know, | please remember: | fyi | remember that | note that | oh, | also,
@@ -378,20 +403,26 @@ TELL_OPENERS = rows("""
     keep in mind that | for your information, | and | listen, | here is a fact: | don't forget that | i should mention that | btw
     let me tell you that | yes, | thanks. | ok, | great. | haha, | another thing: | true, but
 """)
-TELL_CLOSERS = rows(", ok | :) | , remember that | , please remember it | , by the way | , you know | btw | , just so you know | , don't forget")
+TELL_CLOSERS = rows(
+    ", ok | :) | , remember that | , please remember it | , by the way | , you know | btw | , just so you know | , don't forget"
+)
 ASK_OPENERS = rows("""
     hi, | hey, | please tell me: | quick question: | so | and | ok, | tell me, | can you tell me: | now | excuse me, | ok so | well,
     by the way, | sorry, | one question: | just checking: | remember? | hmm, | thanks. | tell me: | great, | ok now | hello,
     let me test you: | i forgot. | quiz: | wait, | btw
 """)
-ASK_CLOSERS = rows(", please | please | again | , do you remember | , can you tell me | , do you know | , remind me | now | , i forgot | , by the way | then")
+ASK_CLOSERS = rows(
+    ", please | please | again | , do you remember | , can you tell me | , do you know | , remind me | now | , i forgot | , by the way | then"
+)
 INDIRECT_OPENERS = rows("""
     do you remember | tell me | can you tell me | do you know | i forgot | remind me | please tell me | could you tell me
     i forgot, can you tell me | do you still know | i would like to know | can you remember | i want to know | remind me,
     do you still remember | can you remind me | please remind me | have you any idea | you know | i can't remember | let me know
 """)
 FOLLOW_UPS = rows("and {k} | what about {k} | how about {k} | and what about {k} | and for {k}")
-CHANGE_OPENERS = rows("actually, | no, wait, | sorry, | correction: | i changed my mind, | no, | wait, | update: | oops, | i was wrong, | i made a mistake, | i lied,")
+CHANGE_OPENERS = rows(
+    "actually, | no, wait, | sorry, | correction: | i changed my mind, | no, | wait, | update: | oops, | i was wrong, | i made a mistake, | i lied,"
+)
 MEANT = rows("""
     no, i meant {v} | i meant {v} | sorry, i meant {v} | actually {v} | no, {v} | sorry, {v} | wait, no, {v} | oops, {v} | i mean {v}
     correction: {v} | no wait, it's {v} | it's now {v} | make that {v} | actually, it is {v} | i meant to say {v} | not that, {v}
@@ -411,21 +442,35 @@ LIST_REMOVE = rows("""
     remove {v} from my {l} | take {v} off my {l} | delete {v} from my {l} | cross {v} off my {l} | remove {v} from the {l}
     please remove {v} from my {l} | i don't need {v} on my {l} anymore
 """)
-LIST_CLEAR = rows("clear my {l} | empty my {l} | delete my {l} | clear the {l} | start a new {l} | forget my {l} | remove everything from my {l}")
-LIKE_TELL = rows("i like {v} | i love {v} | i really like {v} | i also like {v} | i enjoy {v} | i am fond of {v} | {v} is something i like | i like {v} a lot")
-LIKE_ASK = rows("what do i like | what things do i like | what do i love | tell me what i like | what did i say i like | do you know what i like | list what i like | what do i enjoy")
-NOTE_TELL = rows("remember this: {v} | please remember this: {v} | note this down: {v} | take a note: {v} | make a note: {v} | keep this in mind: {v} | memorise this: {v}")
+LIST_CLEAR = rows(
+    "clear my {l} | empty my {l} | delete my {l} | clear the {l} | start a new {l} | forget my {l} | remove everything from my {l}"
+)
+LIKE_TELL = rows(
+    "i like {v} | i love {v} | i really like {v} | i also like {v} | i enjoy {v} | i am fond of {v} | {v} is something i like | i like {v} a lot"
+)
+LIKE_ASK = rows(
+    "what do i like | what things do i like | what do i love | tell me what i like | what did i say i like | do you know what i like | list what i like | what do i enjoy"
+)
+NOTE_TELL = rows(
+    "remember this: {v} | please remember this: {v} | note this down: {v} | take a note: {v} | make a note: {v} | keep this in mind: {v} | memorise this: {v}"
+)
 NOTE_ASK = rows("""
     what did i ask you to remember | what was the note | read me the note | what is the note | what did i want you to remember | my note
     tell me the note | what did you note down | what note did i give you | repeat the note
 """)
-ECHO = rows("repeat after me: {v} | say: {v} | repeat: {v} | please say: {v} | please repeat: {v} | say this: {v} | echo: {v} | repeat this: {v} | say {v} | repeat {v}")
-CALL_YOU = rows("i will call you {v} | your name is {v} | i'll call you {v} | i name you {v} | can i call you {v} | let me call you {v} | from now on you are {v} | your name is now {v} | you are {v}")
+ECHO = rows(
+    "repeat after me: {v} | say: {v} | repeat: {v} | please say: {v} | please repeat: {v} | say this: {v} | echo: {v} | repeat this: {v} | say {v} | repeat {v}"
+)
+CALL_YOU = rows(
+    "i will call you {v} | your name is {v} | i'll call you {v} | i name you {v} | can i call you {v} | let me call you {v} | from now on you are {v} | your name is now {v} | you are {v}"
+)
 YOUR_NAME = rows("""
     what is your name | what's your name | do you have a name | your name | what should i call you | tell me your name | and your name
     how are you called | what are you called | who are you | who am i talking to | who is this | what do i call you | what's ur name | and who are you | who r you | may i ask your name
 """)
-PERSONA = rows("you are {v} | your name is {v} | you are called {v} | you are {v}, a helpful assistant | you are {v}, a friendly chat model | your name is {v} and you are polite")
+PERSONA = rows(
+    "you are {v} | your name is {v} | you are called {v} | you are {v}, a helpful assistant | you are {v}, a friendly chat model | your name is {v} and you are polite"
+)
 SUMMARY = rows("""
     what do you know about me | what did i tell you | what have i told you | tell me what you know about me | list what i told you
     what do you remember | what do you remember about me | tell me about me | tell me everything you know | what have i told you so far
@@ -436,7 +481,9 @@ COUNT = rows("""
     count from {a} to {b} | count from {a} to {b} please | please count from {a} to {b} | can you count from {a} to {b} | count {a} to {b}
     count up from {a} to {b} | list the numbers from {a} to {b} | numbers from {a} to {b} | say the numbers from {a} to {b}
 """)
-COUNT_TO = rows("count to {b} | please count to {b} | can you count to {b} | count up to {b} | count until {b} | count till {b}")
+COUNT_TO = rows(
+    "count to {b} | please count to {b} | can you count to {b} | count up to {b} | count until {b} | count till {b}"
+)
 COUNT_DOWN = rows("count down from {b} to {a} | count from {b} down to {a} | count backwards from {b} to {a}")
 COUNT_DOWN_FROM = rows("count down from {b} | countdown from {b} | count backwards from {b} | do a countdown from {b}")
 HIGHEST_COUNT = 200
@@ -448,8 +495,12 @@ STORY = rows("""
     tell me a story | tell a story | can you tell me a story | a story please | story | tell me a bedtime story | i want a story | i want to hear a story
     please tell me a story | do you know a story | write a story | make up a story | write me a story | tell me a short story | tell me a long story
 """)
-STORY_MORE = rows("tell me another story | another story | another one | one more story | tell me a different story | another story please | more stories")
-STORY_ABOUT = rows("tell me a story about {v} | tell a story about {v} | a story about {v} | write a story about {v} | can you tell me a story about {v} | story about {v}")
+STORY_MORE = rows(
+    "tell me another story | another story | another one | one more story | tell me a different story | another story please | more stories"
+)
+STORY_ABOUT = rows(
+    "tell me a story about {v} | tell a story about {v} | a story about {v} | write a story about {v} | can you tell me a story about {v} | story about {v}"
+)
 STORIES = (
     "Once upon a time there was {v}. Every morning {v} walked down to the sea and looked for a boat that nobody had ever seen. "
     "One day a small blue boat came out of the fog. There was no one in it, only a lamp and a letter. The letter said: follow the light. "
@@ -586,3 +637,19 @@ SYSTEM_SHORT = rows("""
     You are a helpful assistant. | You are a friendly assistant. | You are a chat model that remembers what it is told. | Answer briefly. | You are helpful, honest and brief. | Be kind.
     You are a helpful assistant who answers questions about what the user said. | You are a memory assistant. | Have a nice conversation with the user. | You are an assistant. | Help the user.
 """)
+
+SENTENCE_OPENINGS = frozenset(rows("My | What | Where | Do | The | Tell | How | When | Who | Which | Hi | Hello | Can | Remind | Please"))
+STRUCTURE_WORDS = frozenset(rows("""
+    name | names | called | named | please | from | with | that | this | your | what | where | when | which | have | does | know | tell | remember
+    remind | also | actually | sorry | correction | meant | mean | said | know | number | from | down | list | note | repeat | story | about | live | lives
+    works | work | years | moved | changed | became | longer | once | again | remove | delete | clear | take | forget | they | there | their | then
+"""))
+
+
+def all_texts() -> list[str]:
+    """Every template of the tables above, for their words."""
+    kinds = [text for kind in KINDS for text in (*kind.tells, *kind.asks, *kind.owned)]
+    talk = [text for texts, reply in SMALL_TALK for text in (*texts, reply)]
+    nouns = [*RELATIONS, *PETS, *FAVOURITES, *CODES, *TEXTS, *OBJECTS, *OBJECTS_MANY, *EVENTS, *COLOURED, *SEVERAL, *COUNTED]
+    other = [*STORIES, *JOKES, *FILLER, *FILLER_WORDS, *UNKNOWN_QUESTIONS, *UNKNOWN_REQUESTS, *UNKNOWN_STATEMENTS]
+    return [*kinds, *talk, *nouns, *other, *SUMMARY, *STORY, *GREETINGS, *GOODBYES]

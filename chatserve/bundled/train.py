@@ -49,7 +49,6 @@ class Options:
     batch_tokens: int
     learning_rate: float
     weight_decay: float
-    muon: bool
     device: str
     compiled: bool
     resume: Path | None
@@ -148,18 +147,55 @@ def on_device(ids: np.ndarray, positions: np.ndarray, device: str) -> Batch:
 # Optimisation
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices; those of one shape are stepped together.
+
+    The Newton-Schulz coefficients are Keller Jordan's; the factor gives the update AdamW's usual size.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        for matrix in matrices:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([{"params": same} for same in by_shape.values()], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
+        """One update of every group of equal matrices."""
+        for group in self.param_groups:
+            params = group["params"]
+            gradient = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            update = orthogonal(gradient.lerp(momentum, group["momentum"]))
+            size = 0.2 * max(gradient.shape[1:]) ** 0.5
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(update.to(gradient.dtype).unbind()), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly, by five Newton-Schulz steps."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def optimizers(model: LlamaForCausalLM, options: Options) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices inside and AdamW for the rest."""
+    """Muon for the matrices inside, AdamW for the embedding and the gains."""
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     embeddings = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" in name]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups: list[dict[str, Any]] = [{"params": embeddings}, {"params": gains, "weight_decay": 0.0}]
-    settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
-    fused = options.device == "cuda"
-    if options.muon:
-        muon = torch.optim.Muon(inner, adjust_lr_fn="match_rms_adamw", **settings)
-        return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused, **settings)]
-    return [torch.optim.AdamW([{"params": inner}, *groups], betas=(0.9, 0.95), fused=fused, **settings)]
+    lr, decay = options.learning_rate, options.weight_decay
+    adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=decay, betas=(0.9, 0.95), fused=options.device == "cuda")
+    return [Muon(inner, lr, decay), adamw]
 
 
 def rate(progress: float) -> float:
@@ -254,7 +290,6 @@ def parse() -> Options:
     parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--adamw", action="store_true", help="AdamW for all matrices in place of Muon")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--resume", type=Path, help="a directory of an earlier run to go on from")
@@ -263,7 +298,7 @@ def parse() -> Options:
         parser.error("give --steps or --minutes")
     return Options(
         a.out, a.seed, a.steps, a.minutes, a.workers, a.batch_tokens, a.learning_rate, a.weight_decay,
-        not a.adamw, a.device, a.device == "cuda" and not a.no_compile, a.resume,
+        a.device, a.device == "cuda" and not a.no_compile, a.resume,
     )  # fmt: skip
 
 

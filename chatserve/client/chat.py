@@ -26,6 +26,7 @@ COMMAND_TIMEOUT_S = 60.0
 MAX_QUEUED_EVENTS = 10_000
 FIRST_BACKOFF_S = 0.25
 MAX_BACKOFF_S = 10.0
+RETRY_ATTACH_S = 1.0
 CLOSED_BY_US = 1000
 _ANSWERS = frozenset({"ok", "error", "session.attached"})
 
@@ -259,7 +260,7 @@ class ChatClient:
         """An error about a session that answers no command means that the server stopped following it for us."""
         if event["type"] == "error" and event.get("session_id") in self._cursors and "id" not in event:
             if event["error"].get("retryable"):
-                self._reattach(event["session_id"], delay_s=1.0)
+                self._reattach(event["session_id"], delay_s=RETRY_ATTACH_S)
             else:
                 del self._cursors[event["session_id"]]
 
@@ -272,16 +273,16 @@ class ChatClient:
         task.add_done_callback(self._reattaching.discard)
 
     async def _attach_again(self, session_id: str, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        cursor = self._cursors.get(session_id)
-        if cursor is None:
-            return
-        try:
-            attached = await self.attach(session_id, epoch=cursor.epoch, after_seq=cursor.seq)
-        except CommandFailedError as refusal:
-            self._cursors.pop(session_id, None)
-            attached = {"type": "error", "session_id": session_id, "error": refusal.error}
-        await self._events.put(attached)
+        """Attach from the cursor, as often as it takes; a refusal that stays one ends the following."""
+        while cursor := self._cursors.get(session_id):
+            await asyncio.sleep(delay_s)
+            try:
+                return await self._events.put(await self.attach(session_id, epoch=cursor.epoch, after_seq=cursor.seq))
+            except CommandFailedError as refusal:
+                delay_s = RETRY_ATTACH_S
+                if not refusal.error.get("retryable"):
+                    del self._cursors[session_id]
+                    await self._events.put({"type": "error", "session_id": session_id, "error": refusal.error})
 
 
 def _new_key() -> str:

@@ -37,8 +37,9 @@ def decode_command(data: bytes | str, encoding: Encoding, *, max_bytes: int = MA
     Raises `MessageTooLarge`, or `BadRequest` with code `bad_message`, `unknown_type`, `missing_field` or
     `invalid_value`.
     """
-    if len(data) > max_bytes:
-        raise MessageTooLarge(f"the message has {len(data)} bytes; at most {max_bytes} are accepted: send less at once")
+    num_bytes = len(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
+    if num_bytes > max_bytes:
+        raise MessageTooLarge(f"the message has {num_bytes} bytes; at most {max_bytes} are accepted: send less at once")
     return command_from(_parse_msgpack(data) if encoding == "msgpack" else _parse_json(data))
 
 

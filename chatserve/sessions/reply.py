@@ -32,6 +32,11 @@ class Reply:
         return self._ended or self._stop_filter.stopped
 
     @property
+    def is_cut(self) -> bool:
+        """Whether a stop string has come: the engine does not know of it."""
+        return self._stop_filter.stopped
+
+    @property
     def text(self) -> str:
         """All that was given out."""
         return "".join(self._shown)

@@ -119,7 +119,7 @@ class EmbeddedRedis:
         if not await lock.acquire_within(self._predecessor_timeout_s):
             raise StartupError(
                 f"a Redis left over from an earlier server (process id {lock.owner()}) still holds {self._redis_dir}; "
-                "end that process, then start again"
+                "start again when it has ended, or end it"
             )
         try:
             self._process = await self._spawn(lock)
@@ -182,6 +182,7 @@ class EmbeddedRedis:
         while True:
             assert self._process is not None
             exit_code = await self._process.wait()
+            _kill_group(self._process.pid)
             logger.error("Redis ended (exit code %s), starting it again: %s", exit_code, self._last_words())
             try:
                 await self._launch()
@@ -208,6 +209,12 @@ class EmbeddedRedis:
     def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
+
+
+def _kill_group(leader_pid: int) -> None:
+    """End what a Redis that died left behind: a child rewriting the log, which holds the lock but does nothing more."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader_pid, signal.SIGKILL)
 
 
 def _make_runtime_dir() -> Path:

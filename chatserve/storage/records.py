@@ -86,6 +86,9 @@ class RedisSessionRecords:
         batch, self._waiting = self._waiting, {}
         try:
             await self._send(batch)
+        except asyncio.CancelledError:
+            self._take_back(batch)
+            raise
         except (RedisError, OSError) as error:
             if not is_away(error):
                 logger.error("Redis refused %d session records, they are dropped: %s", len(batch), error)

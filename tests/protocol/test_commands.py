@@ -263,5 +263,7 @@ def test_what_is_no_command_is_a_bad_message(data: bytes | str, encoding: Encodi
 
 def test_a_message_beyond_the_limit_is_refused_before_it_is_read() -> None:
     """The size is checked first, whatever the bytes are."""
-    with pytest.raises(MessageTooLarge, match="at most 10"):
+    with pytest.raises(MessageTooLarge, match="11 bytes; at most 10"):
         decode_command(b"\xff" * 11, "msgpack", max_bytes=10)
+    with pytest.raises(MessageTooLarge, match="12 bytes; at most 10"):
+        decode_command("é" * 6, "json", max_bytes=10)

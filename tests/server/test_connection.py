@@ -1,7 +1,6 @@
 """A welcomed connection: commands, following sessions, bad input, slow readers, ends."""
 
 import asyncio
-import json
 import socket
 
 import pytest
@@ -44,21 +43,19 @@ async def test_turn_on_an_attached_session(served):
 
 async def test_json_connection(served):
     """The JSON subprotocol says the same in text."""
-    peer = await served.connect(subprotocol="chatserve.v1.json")
-    await peer.send(json.dumps(HELLO))
-    assert json.loads(await peer.recv())["type"] == "welcome"
-    await peer.send(json.dumps({"type": "session.create", "id": "c1", "key": "k1", "title": "Überblick"}))
-    answer = json.loads(await peer.recv())
-    while answer["type"] != "ok":
-        answer = json.loads(await peer.recv())
-    session_id = answer["session"]["id"]
-    assert answer["session"]["title"] == "Überblick"
-    await peer.send(json.dumps({"type": "session.attach", "id": "c2", "session_id": session_id, "after_seq": 0}))
-    heard = [json.loads(await peer.recv()) for _ in range(3)]
-    assert [event["type"] for event in heard if event["type"] != "sessions.changed"][:2] == [
-        "session.attached",
-        "session.created",
-    ]
+    peer = Peer(await served.connect(subprotocol="chatserve.v1.json"), "json")
+    assert (await peer.ask(**HELLO))["type"] == "welcome"
+    session = (await peer.ask(type="session.create", id="c1", key="k1", title="Überblick"))["session"]
+    assert session["title"] == "Überblick"
+    attached = await peer.ask(type="session.attach", id="c2", session_id=session["id"], after_seq=0)
+    assert (attached["type"], attached["mode"]) == ("session.attached", "replay")
+    assert await peer.hear() == {
+        "type": "session.created",
+        "session": session,
+        "session_id": session["id"],
+        "seq": 1,
+        "ts": 1000,
+    }
 
 
 async def test_replay_after_a_cursor(served):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -66,6 +67,8 @@ async def owner(tmp_path: Path) -> AsyncIterator[Owner]:
     yield owner
     if owner.process.returncode is None:
         await owner.kill()
+    await eventually(lambda: not is_running(owner.redis_pid))
+    shutil.rmtree(owner.socket_path.parent, ignore_errors=True)
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
@@ -202,6 +205,24 @@ async def test_redis_is_started_again_when_it_dies(tmp_path: Path) -> None:
             await until_back(redis)
             assert await redis.get("name") == b"value"
             assert server.pid != first_pid
+    finally:
+        await server.stop()
+
+
+async def test_redis_is_started_again_at_once_when_it_dies_rewriting_its_log(tmp_path: Path) -> None:
+    """The child that rewrites the log outlives a killed Redis; it does not hold up the next one."""
+    server = await started(tmp_path / "data")
+    try:
+        async with open_redis(f"unix://{server.socket_path}", tmp_path) as redis:
+            await redis.mset({"first": "1", "second": "2"})
+            await redis.config_set("rdb-key-save-delay", 20_000_000)  # microseconds a key
+            await redis.execute_command("BGREWRITEAOF")
+            assert server.pid is not None
+            [rewriter] = psutil.Process(server.pid).children()
+            os.kill(server.pid, signal.SIGKILL)
+            await until_back(redis)
+            assert await redis.get("second") == b"2"
+            assert not is_running(rewriter.pid)
     finally:
         await server.stop()
 

@@ -1,0 +1,37 @@
+"""What the store says about itself, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvstore.pool import PageCounts
+
+
+@dataclass(frozen=True, slots=True)
+class KVStats:
+    """Pages by state, sizes in bytes, and counts since the store began.
+
+    `physical_bytes` is what the system says the pages hold; `num_sessions` are resident, `num_leases` of them leased.
+    """
+
+    page_bytes: int
+    budget_bytes: int
+    physical_bytes: int
+    pages: PageCounts
+    num_sessions: int
+    num_leases: int
+    num_ranges: int
+    num_mappings: int
+    max_mappings: int
+    evicted_pages: int
+    evicted_tokens: int
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of pages that hold something: private, indexed and guard."""
+        return (self.pages.created - self.pages.free) * self.page_bytes
+
+    def as_map(self) -> dict[str, Any]:
+        """All figures as a dictionary of plain values; page counts under `pages`."""
+        return asdict(self) | {"held_bytes": self.held_bytes}
