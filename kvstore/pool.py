@@ -85,6 +85,10 @@ class PagePool:
         """What the page is now."""
         return PageState(int(self._states[page]))
 
+    def count(self, pages: PageArray, state: PageState) -> int:
+        """How many of the pages are in this state."""
+        return int(np.count_nonzero(self._states[pages] == state))
+
     def refs(self, page: int) -> int:
         """How many hold the page."""
         return int(self._refs[page])

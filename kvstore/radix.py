@@ -19,6 +19,7 @@ from kvstore.layout import KVLayout
 from kvstore.node import Node, Resident, Root, Tail, disown_tail
 from kvstore.results import NO_MATCH, NO_PAGES, Boundary, Eviction, Insertion, Match, TailInsertion
 
+
 class RadixIndex:
     """Trees of pages by (fingerprint, salt). A page stands in it once, as part of an edge or as a tail.
 
@@ -58,9 +59,7 @@ class RadixIndex:
         path, depth = self._walk(salt, as_token_array(token_ids))
         return _pages_of(path)[: self._layout.complete_pages(depth)]
 
-    def insert(
-        self, salt: bytes, token_ids: Sequence[int] | TokenArray, pages: Sequence[int] | PageArray
-    ) -> Insertion:
+    def insert(self, salt: bytes, token_ids: Sequence[int] | TokenArray, pages: Sequence[int] | PageArray) -> Insertion:
         """Take in the complete pages of a path. Where the index has one already, that one stays: it is canonical.
 
         Raises ValueError unless `token_ids` completes exactly `pages`.

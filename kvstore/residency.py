@@ -6,7 +6,7 @@ It knows sessions as owners of ranges and mapped pages; what rows mean and who s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec
+from typing import ParamSpec
 
 from kvstore.arrays import PageArray, as_page_array
 from kvstore.errors import MemoryRefused, OutOfMappings, OutOfPages, OutOfRanges, ensure

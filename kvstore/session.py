@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from kvstore.arrays import GrowingArray, TokenArray
+from kvstore.layout import KVLayout
 from kvstore.node import Resident
 from kvstore.tensor import VirtualTensor
 
@@ -53,18 +54,25 @@ class Lease:
     Not usable after `release`; the properties are meaningless then.
     """
 
-    __slots__ = ("_keeper", "_publish_at", "_released", "_session", "_tensor", "base_token", "num_cached_tokens", "tokens")
+    __slots__ = (
+        "_keeper",
+        "_publish_at",
+        "_released",
+        "_session",
+        "_tensor",
+        "base_token",
+        "num_cached_tokens",
+        "tokens",
+    )
 
-    def __init__(
-        self, keeper: LeaseKeeper, session: Session, base_token: int, tokens: TokenArray, publish_at: int
-    ) -> None:
-        self.base_token = base_token  # arena row of the session's token 0
+    def __init__(self, keeper: LeaseKeeper, session: Session, tokens: TokenArray, layout: KVLayout) -> None:
+        self.base_token = session.tensor.offset // layout.token_bytes  # arena row of the session's token 0
         self.num_cached_tokens = len(tokens)
         self.tokens: GrowingArray[np.int32] = GrowingArray(tokens, np.int32)
         self._keeper = keeper
         self._session = session
         self._tensor = session.tensor
-        self._publish_at = publish_at
+        self._publish_at = layout.tokens_to_fill(layout.complete_pages(len(tokens)) + 1)
         self._released = False
 
     @property

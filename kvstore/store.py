@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import ParamSpec
 
-import torch
-
-from kvstore.arrays import PageArray, TokenArray, as_page_array, as_token_array, common_prefix
-from kvstore.errors import LeaseHeld, MemoryRefused, OutOfMappings, OutOfPages, OutOfRanges
+from kvstore.arrays import as_page_array, as_token_array
+from kvstore.errors import LeaseHeld, OutOfPages
 from kvstore.eviction import EvictionPolicy
+from kvstore.integrity import check_frontier, check_holders
+from kvstore.keeper import Keeper
 from kvstore.layout import KVLayout
 from kvstore.memory import VirtualMemory
-from kvstore.node import Resident, Tail, disown_tail
-from kvstore.pool import PagePool, PageState
+from kvstore.pool import PagePool
 from kvstore.radix import RadixIndex
-from kvstore.results import NO_MATCH, Boundary, Match
+from kvstore.residency import Residency
 from kvstore.session import Lease, Session
 from kvstore.stats import KVStats
-from kvstore.tensor import VirtualTensor
 
 DEFAULT_FLOOR_BYTES = 32 << 20
 MAX_ARENA_TOKENS = 2**31 - 1
-P = ParamSpec("P")
 
 
 class KVStore:
@@ -54,25 +50,23 @@ class KVStore:
         tile_tokens: int = 0,
         floor_bytes: int = DEFAULT_FLOOR_BYTES,
     ) -> None:
+        range_bytes = layout.range_bytes(max_tokens, tile_tokens)
+        _check_sizes(layout, memory, max_tokens, max_ranges * range_bytes)
         self.layout = layout
         self._memory = memory
-        self._range_bytes = layout.range_bytes(max_tokens, tile_tokens)
-        self._check_sizes(max_tokens, max_ranges)
         self._pool = PagePool(memory, budget_bytes, floor_bytes)
         self._index = RadixIndex(layout, fingerprint, policy=policy, clock=clock)
-        self._guard_pages = layout.pages_for(tile_tokens)
-        self._guard_page = self._pool.allocate_guard() if tile_tokens else None
-        usable_pages = self._pool.capacity_pages - (self._guard_page is not None)
+        self._residency = Residency(
+            layout, memory, self._pool, self._index,
+            range_bytes=range_bytes, max_ranges=max_ranges, tile_tokens=tile_tokens,
+        )  # fmt: skip
+        usable_pages = self._pool.capacity_pages - self._pool.counts.guard
         self.max_session_tokens = min(max_tokens, layout.complete_tokens(usable_pages))
+        self._keeper = Keeper(self._residency, self.max_session_tokens)
         self._prefix_sharing = prefix_sharing
-        self._max_ranges = max_ranges
-        self._free_ranges = list(range(max_ranges))[::-1]
-        self._sessions: dict[str, Session] = {}
-        self._idle: dict[str, Session] = {}  # least recently used first
-        self._evicted_pages = 0
-        self._evicted_tokens = 0
-        memory.reserve(max_ranges * self._range_bytes)
-        self.arena = self._view_arena()
+        memory.reserve(max_ranges * range_bytes)
+        rows = memory.view(0, max_ranges * range_bytes).view(layout.dtype)
+        self.arena = rows.view(-1, layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
 
     def lease(self, session_id: str, salt: bytes, token_ids: Sequence[int], *, reuse: bool = True) -> Lease:
         """Hold the session's rows for a request whose history is `token_ids`, at most all but the last from cache.
@@ -84,63 +78,88 @@ class KVStore:
         tokens = as_token_array(token_ids)
         if not 1 <= len(tokens) <= self.max_session_tokens:
             raise ValueError(f"{len(tokens)} tokens: between 1 and max_session_tokens={self.max_session_tokens} fit")
-        session = self._sessions.get(session_id)
-        if session is not None and session.lease is not None:
-            raise LeaseHeld(session_id)
-        if session is None:
-            session = self._open(session_id)
-        self._idle.pop(session_id, None)
+        session = self._unleased(session_id) or self._residency.open(session_id)
         session.salt = self._namespace(session_id, salt)
+        self._residency.unpark(session)
         try:
-            num_tokens = self._restore(session, tokens[: len(tokens) - 1 if reuse else 0])
+            self._keeper.restore(session, tokens[: len(tokens) - 1 if reuse else 0])
         except OutOfPages:
-            self._park(session)
+            self._residency.park(session)
             raise
-        base_token = session.tensor.offset // self.layout.token_bytes
-        session.lease = Lease(self, session, base_token, tokens[:num_tokens], self._publish_at(session))
-        self._assert_frontier(session)
+        session.lease = Lease(self._keeper, session, tokens[: session.tensor.num_tokens], self.layout)
+        check_frontier(session, self._pool)
         return session.lease
 
     def drop_session(self, session_id: str) -> None:
         """Take the session's range away. Shared pages stay in the index; raises LeaseHeld while it is leased."""
-        session = self._sessions.get(session_id)
+        session = self._unleased(session_id)
         if session is None:
             return
-        if session.lease is not None:
-            raise LeaseHeld(session_id)
-        self._close(session)
+        self._residency.close(session)
         if not self._prefix_sharing:
             self._pool.withdraw(as_page_array(self._index.drop(session.salt)))
 
     def sessions(self) -> list[str]:
         """Sessions that have rows mapped or are leased."""
-        return list(self._sessions)
+        return list(self._residency.sessions)
 
     def resident_tokens(self, session_id: str) -> int:
         """Tokens whose rows the session has mapped; 0 for an unknown one."""
-        session = self._sessions.get(session_id)
+        session = self._residency.sessions.get(session_id)
         return session.tensor.num_tokens if session else 0
 
     def stats(self) -> KVStats:
         """Pages and bytes by state, and what was evicted so far."""
+        residency = self._residency
         return KVStats(
             page_bytes=self.layout.page_bytes,
             budget_bytes=self._pool.capacity_pages * self.layout.page_bytes,
             physical_bytes=self._memory.physical_bytes,
             pages=self._pool.counts,
-            num_sessions=len(self._sessions),
-            num_leases=len(self._sessions) - len(self._idle),
-            num_ranges=self._max_ranges,
+            num_sessions=len(residency.sessions),
+            num_leases=len(residency.sessions) - len(residency.idle),
+            num_ranges=residency.max_ranges,
             num_mappings=self._memory.num_mappings,
             max_mappings=self._memory.max_mappings,
-            evicted_pages=self._evicted_pages,
-            evicted_tokens=self._evicted_tokens,
+            evicted_pages=residency.evicted_pages,
+            evicted_tokens=residency.evicted_tokens,
         )
 
     def shrink(self) -> None:
         """Give free pages' memory back to the system, down to the floor. For idle moments."""
         self._pool.shrink()
 
+    def check_integrity(self) -> None:
+        """Raise IntegrityError where a part's bookkeeping contradicts itself or another part's. Slow."""
+        self._memory.check_integrity()
+        self._pool.check_integrity()
+        self._index.check_integrity()
+        self._residency.check_integrity()
+        check_holders(self._residency)
+
     def close(self) -> None:
         """Give everything back; the arena and leases must not be touched afterwards."""
         self._memory.close()
+
+    def _unleased(self, session_id: str) -> Session | None:
+        session = self._residency.sessions.get(session_id)
+        if session is not None and session.lease is not None:
+            raise LeaseHeld(session_id)
+        return session
+
+    def _namespace(self, session_id: str, salt: bytes) -> bytes:
+        """What separates index trees: the tenant's salt, and the session where nothing is shared."""
+        if self._prefix_sharing:
+            return salt
+        return len(salt).to_bytes(8, "big") + salt + session_id.encode()
+
+
+def _check_sizes(layout: KVLayout, memory: VirtualMemory, max_tokens: int, arena_bytes: int) -> None:
+    if layout.page_bytes != memory.page_bytes:
+        raise ValueError(
+            f"page_bytes: {layout.page_bytes} in the layout, {memory.page_bytes} in memory; make them equal"
+        )
+    if max_tokens < 1 or arena_bytes < 1:
+        raise ValueError(f"max_tokens={max_tokens}, arena of {arena_bytes} bytes: both must be positive")
+    if arena_bytes // layout.token_bytes > MAX_ARENA_TOKENS:
+        raise ValueError(f"arena of {arena_bytes // layout.token_bytes} tokens: lower max_tokens or max_ranges")

@@ -49,6 +49,11 @@ class VirtualTensor:
         return self._layout.complete_tokens(len(self.pages))
 
     @property
+    def complete_pages(self) -> int:
+        """Leading pages in which no row is still to be written."""
+        return self._layout.complete_pages(self.num_tokens)
+
+    @property
     def num_runs(self) -> int:
         """Runs of pages with neighbouring numbers: calls it takes to map them anew."""
         pages = self.pages.view
@@ -89,12 +94,14 @@ class VirtualTensor:
     def fork(self, offset: int, num_tokens: int, boundary_page: int | None = None) -> VirtualTensor:
         """A tensor at `offset` with the same first `num_tokens` tokens: complete pages shared, read-only there.
 
-        `boundary_page`, a page of zeros, takes a copy of the rows after them; ValueError when it is missing or too much,
-        or when there are fewer tokens than that.
+        `boundary_page`, a page of zeros, takes a copy of the rows after them. ValueError when it is missing or too
+        much, or when there are fewer tokens than that.
         """
         num_bytes = self._layout.boundary_bytes(num_tokens)
         if num_tokens > self.num_tokens or bool(num_bytes) != (boundary_page is not None):
-            raise ValueError(f"fork of {num_tokens} of {self.num_tokens} tokens: {num_bytes} bytes need a boundary page")
+            raise ValueError(
+                f"fork of {num_tokens} of {self.num_tokens} tokens: {num_bytes} bytes need a boundary page"
+            )
         fork = VirtualTensor(
             self._memory, self._layout, offset, self._range_pages,
             guard_page=self._guard_page, guard_pages=self._guard_pages,

@@ -178,11 +178,10 @@ class ChatClient:
         ends: set[asyncio.Future[Any]] = {wanted, self._runner}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if wanted.done():
+                return wanted.result()
         finally:
-            if not wanted.done():
-                wanted.cancel()
-        if not wanted.cancelled():
-            return wanted.result()
+            wanted.cancel()
         error = None if self._runner.cancelled() else self._runner.exception()
         raise error or ConnectionEndedError(CLOSED_BY_US, "the client was closed")
 
@@ -274,15 +273,18 @@ class ChatClient:
 
     async def _attach_again(self, session_id: str, delay_s: float) -> None:
         """Attach from the cursor, as often as it takes; a refusal that stays one ends the following."""
-        while cursor := self._cursors.get(session_id):
+        attached: Event | None = None
+        while attached is None and (cursor := self._cursors.get(session_id)):
             await asyncio.sleep(delay_s)
+            delay_s = RETRY_ATTACH_S
             try:
-                return await self._events.put(await self.attach(session_id, epoch=cursor.epoch, after_seq=cursor.seq))
+                attached = await self.attach(session_id, epoch=cursor.epoch, after_seq=cursor.seq)
             except CommandFailedError as refusal:
-                delay_s = RETRY_ATTACH_S
                 if not refusal.error.get("retryable"):
                     del self._cursors[session_id]
-                    await self._events.put({"type": "error", "session_id": session_id, "error": refusal.error})
+                    attached = {"type": "error", "session_id": session_id, "error": refusal.error}
+        if attached is not None:
+            await self._events.put(attached)
 
 
 def _new_key() -> str:

@@ -150,9 +150,10 @@ class EngineClient:
         stats: dict[str, int] = await self._query({"what": "stats"})
         return stats
 
-    async def check_integrity(self) -> None:
-        """Have the engine check its store; an engine that finds a fault dies with the reason in its log."""
-        await self._query({"what": "check_integrity"})
+    async def integrity_fault(self) -> str | None:
+        """Have the engine check its store's books; None when they are right, else what contradicts what."""
+        fault: str | None = await self._query({"what": "check_integrity"})
+        return fault
 
     async def _query(self, fields: dict[str, Any]) -> Any:
         if not self.ready:

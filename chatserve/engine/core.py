@@ -15,9 +15,12 @@ from chatserve.engine.history import HistoryTable
 from chatserve.engine.request import Request
 from chatserve.engine.runner import Runner
 from chatserve.engine.scheduler import Scheduler, Work
-from kvstore import KVStore
+from kvstore import IntegrityError, KVStore
 
-RETRY_AFTER_MS = 1000
+OUT_OF_MEMORY = (
+    "the system has less memory than the KV budget promises, and nothing is left to evict; "
+    "free memory on this machine or lower --kv-device-memory"
+)
 Event = list[Any]
 
 
@@ -69,6 +72,7 @@ class EngineCore:
         """Schedule, run, commit."""
         self._finish_cancelled()
         work = self._scheduler.schedule()
+        self._refuse_unservable()
         if work:
             self._commit(work, self._runner.run(work))
 
@@ -97,6 +101,12 @@ class EngineCore:
     def _finish_cancelled(self) -> None:
         for request in [r for r in self._scheduler.requests() if r.cancelled]:
             self._finish(request, "cancelled")
+
+    def _refuse_unservable(self) -> None:
+        while self._scheduler.unservable:
+            request = self._scheduler.unservable.pop()
+            del self._requests[request.request_id]
+            self._events.append(["refused", request.request_id, "queue_full", OUT_OF_MEMORY])
 
     def _submit(self, command: dict[str, Any]) -> None:
         history = self._history.prefix(command["session_id"], command["num_history"], command["history_hash"])
@@ -168,9 +178,16 @@ class EngineCore:
         if command["what"] == "cached_tokens":
             return {"device": self.store.resident_tokens(command["session_id"])}
         if command["what"] == "check_integrity":
-            self.store.check_integrity()
-            return "ok"
+            return self._integrity_fault()
         return self.store.stats().as_map()
+
+    def _integrity_fault(self) -> str | None:
+        """What is wrong with the store's books, if anything: reported, never a reason to stop serving."""
+        try:
+            self.store.check_integrity()
+        except IntegrityError as fault:
+            return str(fault)
+        return None
 
     def _miss_reason(self, request: Request) -> str | None:
         """Why less of the history was there than could have been: the last sampled token never has a KV row."""

@@ -28,11 +28,13 @@ class Scheduler:
 
     Decodes go first, one token each. What is left of the budget is shared evenly among prefills, so a long prompt
     delays a short one by no more than its share. The oldest running request is never preempted, hence progress.
+    `unservable` collects requests that the system has no memory for although nothing else runs.
     """
 
     def __init__(self, store: KVStore, *, max_step_tokens: int, max_running: int, clock: Callable[[], float]) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.unservable: list[Request] = []
         self._store = store
         self._layout = store.layout
         self._max_step_tokens = max_step_tokens
@@ -40,7 +42,7 @@ class Scheduler:
         self._clock = clock
 
     def schedule(self) -> list[Work]:
-        """The next step's work; empty only when nothing is waiting or running."""
+        """The next step's work; empty only when nothing waits or runs, or all that waited went to `unservable`."""
         self._admit()
         work = [Work(request, 1) for request in self._growable_decodes()]
         return work + list(self._share_prefill(self._max_step_tokens - len(work)))
@@ -66,7 +68,8 @@ class Scheduler:
             if self._waits_for_leader(request):
                 blocked.append(request)
             elif not self._try_admit(request):
-                blocked.append(request)
+                # With nothing running all memory is to be had: waiting would be for ever.
+                (blocked if self.running else self.unservable).append(request)
                 break
         self.waiting.extendleft(reversed(blocked))
 

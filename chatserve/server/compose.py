@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
+from chatserve.engine.client import EngineClient
 from chatserve.engine.config import EngineConfig
+from chatserve.pretrained import load_pretrained
+from chatserve.server.access import Access
+from chatserve.server.hub import Hub
 from chatserve.server.services import Services
+from chatserve.sessions.limits import SessionLimits
+from chatserve.sessions.manager import SessionManager
 from chatserve.settings import ServeSettings
+from chatserve.storage.connection import open_redis
+from chatserve.storage.records import RedisSessionRecords
+from chatserve.storage.session_store import SessionStore
+from chatserve.text.pipeline import TextPipeline
+
+
+@asynccontextmanager
+async def compose(settings: ServeSettings, report: Callable[[str], None]) -> AsyncIterator[Services]:
+    """Start everything and give it; `report` is told what is being waited for.
+
+    Raises StartupError when a part cannot start; those that have are closed then, as they are on leaving.
+    """
+    config = engine_config(settings)
+    instance_id = secrets.token_hex(8)
+    async with AsyncExitStack() as stack:
+        report(f"Reading the tokenizer of {settings.model}")
+        text = await asyncio.to_thread(_load_text, settings.model)
+        report("Opening the session store")
+        redis = await stack.enter_async_context(open_redis(settings.redis_url, settings.data_dir))
+        store = SessionStore(redis, instance_id, durable=settings.redis_url is None)
+        stack.push_async_callback(store.close)
+        records = RedisSessionRecords(redis, instance_id)
+        stack.push_async_callback(records.close)
+        report(f"Loading {settings.model}")
+        engine = EngineClient(config)
+        stack.push_async_callback(engine.close)
+        await engine.start()
+        report("Taking up the sessions")
+        sessions = SessionManager(store, engine, text, records, SessionLimits(resume_ttl_s=settings.resume_ttl_s))
+        stack.push_async_callback(sessions.close)
+        await sessions.start()
+        yield Services(
+            settings=settings,
+            sessions=sessions,
+            engine=engine,
+            hub=Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections),
+            access=Access(
+                keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host
+            ),
+            ping_store=store.ping,
+        )
 
 
 def engine_config(settings: ServeSettings) -> EngineConfig:
@@ -22,8 +71,6 @@ def engine_config(settings: ServeSettings) -> EngineConfig:
     )
 
 
-@asynccontextmanager
-async def compose(settings: ServeSettings, report: Callable[[str], None]) -> AsyncIterator[Services]:
-    """Start everything and give it; `report` is told what is being waited for. Raises StartupError."""
-    raise NotImplementedError
-    yield
+def _load_text(model: str) -> TextPipeline:
+    pretrained = load_pretrained(model)
+    return TextPipeline(pretrained.tokenizer, pretrained.eos_token_ids)

@@ -9,6 +9,7 @@ from chatserve.errors import Unavailable
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.ports import Store
 from chatserve.sessions.session import LiveSession
+from chatserve.sessions.tail import LogTail
 from chatserve.storage.session_store import LogEntry, StorageUnavailable
 
 
@@ -17,15 +18,15 @@ async def follow_session(
 ) -> AsyncIterator[LogEntry]:
     """Every event after `after_seq` in order, then those to come, until the session is deleted.
 
-    Notices come between them with seq 0. Raises Unavailable (`server_interrupted`) where the cursor has fallen out of the
-    log: attach again.
+    Notices come between them with seq 0. Raises Unavailable (`server_interrupted`) where the cursor has fallen out of
+    the log: attach again.
     """
     tail = live.tail  # a session that starts over gets a new one, and this one ends with the reason
     seq, num_notices = after_seq, tail.num_notices
     while True:
         entries = tail.after(seq)
         if entries is None:
-            entries = await _read(live, store, seq, limits)
+            entries = await _read(live.id, tail, store, seq, limits)
             if not entries and tail.ended:
                 return
         for entry in entries:
@@ -43,16 +44,16 @@ async def follow_session(
         await tail.wait_beyond(seq, num_notices)
 
 
-async def _read(live: LiveSession, store: Store, seq: int, limits: SessionLimits) -> list[LogEntry]:
+async def _read(session_id: str, tail: LogTail, store: Store, seq: int, limits: SessionLimits) -> list[LogEntry]:
     """Events that are in the store only; waits while it is away."""
     while True:
         try:
-            entries = await store.read_log(live.id, seq, limits.read_entries)
+            entries = await store.read_log(session_id, seq, limits.read_entries)
         except StorageUnavailable:
             await asyncio.sleep(limits.store_retry_s)
             continue
-        if not entries and not live.tail.ended:
-            raise _fallen_out(live.id, seq)
+        if not entries and not tail.ended:
+            raise _fallen_out(session_id, seq)
         return entries
 
 

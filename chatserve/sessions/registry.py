@@ -11,7 +11,6 @@ from chatserve.errors import NotFound
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.ports import Store
 from chatserve.sessions.session import LiveSession
-from chatserve.storage.session_store import SessionMeta
 
 
 class SessionRegistry:
@@ -30,21 +29,13 @@ class SessionRegistry:
         self._on_loaded = on_loaded
         self._live: dict[str, LiveSession] = {}
         self._idle: OrderedDict[str, LiveSession] = OrderedDict()
-        self._loading: dict[str, asyncio.Task[LiveSession]] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
 
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(list(self._live.values()))
 
     def __len__(self) -> int:
         return len(self._live)
-
-    def add(self, meta: SessionMeta) -> LiveSession:
-        """A session that was just created, without messages."""
-        return self._added(LiveSession(self._store, meta, {}, self._limits, self._clock))
-
-    def find(self, session_id: str) -> LiveSession | None:
-        """The session if it is in memory."""
-        return self._live.get(session_id)
 
     def drop(self, live: LiveSession) -> None:
         """Take a session out of use: it was deleted, or another server has it."""
@@ -75,24 +66,26 @@ class SessionRegistry:
         with self.using(live):
             yield live
 
-    async def _load(self, session_id: str) -> LiveSession:
+    async def _load(self, session_id: str) -> None:
         """Load once, however many ask at the same time."""
         task = self._loading.get(session_id)
         if task is None:
             task = self._loading[session_id] = asyncio.create_task(self._load_now(session_id))
-            task.add_done_callback(lambda _: self._loading.pop(session_id, None))
-        return await asyncio.shield(task)
+            task.add_done_callback(lambda done: self._loaded(session_id, done))
+        await asyncio.shield(task)
 
-    async def _load_now(self, session_id: str) -> LiveSession:
+    def _loaded(self, session_id: str, task: asyncio.Task[None]) -> None:
+        del self._loading[session_id]
+        if not task.cancelled():
+            task.exception()  # seen, also where whoever asked has gone
+
+    async def _load_now(self, session_id: str) -> None:
         meta = await self._store.take_fence(session_id)
         messages = await self._store.load_messages(session_id)
-        return self._added(LiveSession(self._store, meta, messages, self._limits, self._clock))
-
-    def _added(self, live: LiveSession) -> LiveSession:
+        live = LiveSession(self._store, meta, messages, self._limits, self._clock)
         self._live[live.id] = self._idle[live.id] = live
         self._forget_idle()
         self._on_loaded(live)
-        return live
 
     def _forget_idle(self) -> None:
         while len(self._idle) > self._limits.max_idle_sessions:

@@ -85,6 +85,8 @@ class LiveSession:
         self.lock = asyncio.Lock()
         self.num_users = 0
         self.turn: RunningTurn | None = None
+        self.num_followers = 0
+        self.cancel_at_start: str | None = None
         self.engine_knows = False
         self.last_reply_s: float | None = None
         self.think_time_s = 0.0
@@ -146,10 +148,6 @@ class LiveSession:
         """Find out about a write of unknown outcome. Raises StorageUnavailable, FenceLost or NotFound."""
         async with self._write_lock:
             await self._settle()
-
-    def retire(self, failure: Unavailable | None = None) -> None:
-        """This object is out of use: followers must come back, or it is over for good without a failure."""
-        self.tail.end(failure)
 
     async def _settle(self) -> None:
         change = self._doubt

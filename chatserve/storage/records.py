@@ -18,7 +18,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from chatserve.storage.health import is_away
 from chatserve.storage.scripts import RECORD_CHANGES, TOUCH, session_key
-from kvstore.records import SessionRecord
+from kvstore.records import SessionRecord, SessionRecords
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class RedisSessionRecords:
         await pipeline.execute()
 
 
-class RedisRecordReader:
+class RedisRecordReader(SessionRecords):
     """Reads records for the planner of evictions: blocking, for a thread that nobody waits for."""
 
     def __init__(self, redis_url: str, *, timeout_s: float = 5.0) -> None:
@@ -128,10 +128,10 @@ class RedisRecordReader:
             redis_url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2
         )
 
-    def changed_since(self, t: float) -> list[SessionRecord]:
-        """The records that changed at or after `t` (seconds since 1970), oldest change first; none with Redis away."""
+    def changed_since(self, time_s: float) -> list[SessionRecord]:
+        """The records that changed at or after `time_s` (seconds since 1970), oldest change first; none with Redis away."""
         try:
-            changed = cast("list[bytes]", self._redis.zrangebyscore(RECORD_CHANGES, int(t * 1000), "+inf"))
+            changed = cast("list[bytes]", self._redis.zrangebyscore(RECORD_CHANGES, int(time_s * 1000), "+inf"))
             ids = [member.decode() for member in changed]
             pipeline = self._redis.pipeline(transaction=False)
             for session_id in ids:

@@ -136,7 +136,7 @@ async def test_wrong_key_is_final(serve, token):
 
 async def test_nobody_listens():
     """The first connection fails at once, naming the address."""
-    with pytest.raises(ConnectionEndedError, match="127.0.0.1:1"):
+    with pytest.raises(ConnectionEndedError, match=r"127\.0\.0\.1:1"):
         await ChatClient("http://127.0.0.1:1").connect()
 
 

@@ -1,0 +1,296 @@
+"""Everything that can be done with sessions, for the surfaces: one method a command, plus following and resuming.
+
+It checks whose session it is, keeps commands on one session in order and repeats harmless, and hands turns to their
+keeper. It knows neither connections nor encodings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+from chatserve.engine.api import Engine
+from chatserve.errors import Conflict, NotFound, Unavailable
+from chatserve.protocol import events
+from chatserve.protocol.codec import from_wire, to_wire
+from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, SessionUpdate, given_params
+from chatserve.sessions import views
+from chatserve.sessions.accept import Accepted, body_hash, prepare_turn
+from chatserve.sessions.following import follow_session
+from chatserve.sessions.ids import new_epoch, new_id
+from chatserve.sessions.keeper import TurnKeeper
+from chatserve.sessions.limits import SessionLimits
+from chatserve.sessions.ports import Records, Store
+from chatserve.sessions.registry import SessionRegistry
+from chatserve.sessions.session import Change, Draft, LiveSession
+from chatserve.sessions.tasks import TaskGroup
+from chatserve.sessions.tree import find_message, path_to
+from chatserve.sessions.trimming import LogTrimmer
+from chatserve.sessions.turn import TurnTools
+from chatserve.storage.session_store import (
+    IdempotencyConflict,
+    IdempotencyKey,
+    LogEntry,
+    MessageRecord,
+    SessionMeta,
+    StoredKey,
+)
+from chatserve.text.pipeline import TextPipeline
+
+View = dict[str, Any]
+DRAIN_RETRY_MS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Where a reader stands: `follow` goes on after `after_seq`. A snapshot is the state at that event."""
+
+    session_id: str
+    epoch: int
+    head_seq: int
+    mode: events.Mode
+    snapshot: View | None
+    after_seq: int
+
+
+class SessionManager:
+    """The sessions of one process. Every method that takes a tenant raises NotFound for a session of another.
+
+    All errors are `ServiceError`s. `clock` gives seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        text: TextPipeline,
+        records: Records,
+        limits: SessionLimits = SessionLimits(),  # noqa: B008 - frozen
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._records = records
+        self._limits = limits
+        self._clock = clock
+        self._tasks = TaskGroup()
+        self._trimmer = LogTrimmer(store, limits)
+        self._tools = TurnTools(engine, text, store, limits)
+        self._registry = SessionRegistry(store, limits, clock, self._loaded)
+        self._keeper = TurnKeeper(self._tools, self._registry, self._tasks, self._finished)
+
+    @property
+    def num_running(self) -> int:
+        """Responses being made now."""
+        return self._keeper.num_running
+
+    @property
+    def num_live(self) -> int:
+        """Sessions in memory now."""
+        return len(self._registry)
+
+    async def start(self) -> None:
+        """Go on with the responses that were running when the server last ended, then serve."""
+        self._tasks.spawn(self._trimmer.run(), name="trim-logs")
+        slots = asyncio.Semaphore(self._limits.max_recoveries)
+        await asyncio.gather(*(self._recover(sid, slots) for sid in await self._store.active_sessions()))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new turns, let running ones end for `timeout_s`, leave the rest to be continued after a restart."""
+        await self._keeper.drain(timeout_s)
+
+    async def close(self) -> None:
+        """End at once; what runs is continued after a restart."""
+        await self._keeper.drain(0.0)
+        await self._tasks.close()
+
+    async def create_session(self, tenant: str, command: SessionCreate) -> tuple[View, bool]:
+        """A new session, and whether this very command made it before."""
+        meta = new_session(tenant, command, self._now_ms())
+        return await self._tasks.carry_out(self._write_new(meta, command, []), "create-session")
+
+    async def fork_session(self, tenant: str, command: SessionFork) -> tuple[View, bool]:
+        """A session that begins like another up to a message, and whether this very command made it before."""
+        async with self._registry.use(command.session_id, tenant) as live, live.lock:
+            meta, messages = forked_session(live, command, self._now_ms())
+        return await self._tasks.carry_out(self._write_new(meta, command, messages), "fork-session")
+
+    async def list_sessions(self, tenant: str, limit: int = 50, before: str | None = None) -> list[View]:
+        """The tenant's sessions without messages, last updated first; `before` is the last id of the page before."""
+        return [views.session_view(meta) for meta in await self._store.list_sessions(tenant, limit, before)]
+
+    async def get_session(self, tenant: str, session_id: str) -> View:
+        """A session with its messages, its running response and the context left."""
+        async with self._registry.use(session_id, tenant) as live:
+            return views.snapshot(live, self._engine.info.max_context)
+
+    async def update_session(self, tenant: str, command: SessionUpdate) -> View:
+        """Change what is given. Raises NotFound for a `head_id` that there is not."""
+        return await self._tasks.carry_out(self._update(tenant, command), "update-session")
+
+    async def delete_session(self, tenant: str, session_id: str) -> None:
+        """Delete a session with all it holds; a running response is cancelled first."""
+        await self._tasks.carry_out(self._delete(tenant, session_id), "delete-session")
+
+    async def create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
+        """Accept a turn: it is in the log before this returns, and runs whether or not anybody follows."""
+        return await self._tasks.carry_out(self._create_response(tenant, command), "create-response")
+
+    async def cancel_response(self, tenant: str, session_id: str, response_id: str) -> str:
+        """End a response early; gives `cancelling`, or the status it has already. Harmless to repeat."""
+        async with self._registry.use(session_id, tenant) as live:
+            if live.meta.active is not None and live.meta.active["response_id"] == response_id:
+                live.cancel_at_start = response_id  # also where it is only about to be taken up again
+                if live.turn is not None:
+                    live.turn.stop()
+                return "cancelling"
+            return _final_status(live, response_id)
+
+    async def typing(self, tenant: str, session_id: str) -> None:
+        """The tenant is about to say something here."""
+        async with self._registry.use(session_id, tenant) as live:
+            self._records.touch(live.id, typing=True, last_activity_s=self._clock())
+
+    async def attach(self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None) -> Attached:
+        """Where to begin to follow: after the cursor if the log still has all behind it, else from a snapshot."""
+        async with self._registry.use(session_id, tenant) as live:
+            if after_seq is not None and await self._can_replay(live, epoch, after_seq):
+                return Attached(live.id, live.meta.epoch, live.tail.head_seq, "replay", None, after_seq)
+            state = views.snapshot(live, self._engine.info.max_context)
+            return Attached(live.id, live.meta.epoch, live.tail.head_seq, "snapshot", state, live.tail.head_seq)
+
+    async def follow(self, session_id: str, after_seq: int) -> AsyncIterator[LogEntry]:
+        """Every event after `after_seq`, then those to come; see `follow_session`. Ends when the session is deleted."""
+        async with self._registry.use(session_id) as live:
+            with self._followed(live):
+                async for entry in follow_session(live, self._store, after_seq, self._limits):
+                    yield entry
+
+    async def resume(
+        self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None, warm: bool
+    ) -> View:
+        """What happened since the cursor, as events or a snapshot, and how much of the history is held ready.
+
+        `warm` says that a turn is about to come.
+        """
+        if warm:
+            await self.typing(tenant, session_id)
+        async with self._registry.use(session_id, tenant) as live:
+            answer = await self._replayed(live, epoch, after_seq) or self._state(live)
+            active = views.active_response(live)
+            num_tokens = views.num_branch_tokens(live)
+        if active is not None:
+            answer["active_response"] = active
+        held = await self._engine.cached_tokens(session_id)
+        return answer | {"cache": {"tokens": num_tokens, **held, "restore_ms_estimate": 0.0}}
+
+    async def _recover(self, session_id: str, slots: asyncio.Semaphore) -> None:
+        """Bring a session with a running response into memory, where its keeper takes it up."""
+        async with slots:
+            with contextlib.suppress(NotFound):  # deleted by whoever had it
+                async with self._registry.use(session_id):
+                    pass
+
+    async def _write_new(
+        self, meta: SessionMeta, command: SessionCreate | SessionFork, messages: Sequence[MessageRecord]
+    ) -> tuple[View, bool]:
+        key = IdempotencyKey(meta.tenant, command.key, body_hash(command), {"session_id": meta.id})
+        created = events.stamp(events.session_created(views.session_fields(meta)), meta.id, 1, meta.created_at)
+        duplicate = await self._store.create(meta, [LogEntry(1, to_wire(created))], key, messages=messages)
+        if duplicate is None:
+            return views.session_view(meta), False
+        async with self._registry.use(duplicate.result["session_id"], meta.tenant) as live:
+            return views.session_view(live.meta), True
+
+    async def _update(self, tenant: str, command: SessionUpdate) -> View:
+        async with self._registry.use(command.session_id, tenant) as live, live.lock:
+            changes = _changes(live, command)
+            if changes:
+                changes["updated_at"] = self._now_ms()
+                fields = views.session_fields(dataclasses.replace(live.meta, **changes))
+                await self._commit(live, Change([Draft(events.session_updated(fields))], meta=changes))
+                self._records.touch(live.id, pinned=live.meta.pinned, last_activity_s=self._clock())
+            return views.session_view(live.meta)
+
+    async def _delete(self, tenant: str, session_id: str) -> None:
+        async with self._registry.use(session_id, tenant) as live, live.lock:
+            await self._end_turn(live)
+            await self._store.delete(session_id, tenant)
+            self._registry.drop(live)
+            self._engine.forget_session(session_id)
+            last = events.stamp(events.session_deleted(), live.id, live.tail.head_seq + 1, self._now_ms())
+            live.tail.publish([LogEntry(live.tail.head_seq + 1, to_wire(last))])
+            live.tail.end()
+
+    async def _end_turn(self, live: LiveSession) -> None:
+        """Cancel the running response and wait for its end; where that cannot be written now, leave it."""
+        turn = live.turn
+        if turn is None:
+            return
+        turn.stop()
+        try:
+            await asyncio.wait_for(turn.wait_done(), 2 * self._limits.cancel_grace_s)
+        except TimeoutError:
+            turn.abandon()
+            await turn.wait_done()
+
+    async def _create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
+        async with self._registry.use(command.session_id, tenant) as live, live.lock:
+            earlier = await self._store.find_key(live.id, command.key)
+            if earlier is not None:
+                return _accepted_before(earlier, command)
+            await self._check_free(live)
+            prepared = await prepare_turn(live, command, self._tools)
+            earlier = await self._commit(live, prepared.change)
+            if earlier is not None:
+                return _accepted_before(earlier, command)
+            self._keeper.start(live, prepared.plan, prepared.prompt_ids)
+            self._note_turn(live, prepared.plan.num_prompt)
+            return prepared.accepted
+
+    async def _check_free(self, live: LiveSession) -> None:
+        """Raise where no turn can begin now."""
+        if not self._keeper.is_open:
+            raise Unavailable(
+                "the server is shutting down; send this again in a moment",
+                code="server_draining",
+                retry_after_ms=DRAIN_RETRY_MS,
+            )
+        await live.settle()
+        if live.meta.active is not None or live.turn is not None:
+            raise Conflict("the session has a running response: wait for its end, or cancel it first")
+
+    async def _commit(self, live: LiveSession, change: Change) -> StoredKey | None:
+        try:
+            return await live.commit(change)
+        except Unavailable:
+            self._keeper.mend(live)
+            raise
+
+    async def _can_replay(self, live: LiveSession, epoch: int | None, after_seq: int) -> bool:
+        """Whether the log has everything after the cursor. One of unknown epoch counts only at the very beginning."""
+        is_known = epoch == live.meta.epoch or (epoch is None and after_seq == 0)
+        if not is_known or after_seq > live.tail.head_seq:
+            return False
+        if live.tail.after(after_seq) is not None:
+            return True
+        first_seq = await self._store.first_seq(live.id)
+        return first_seq is not None and first_seq <= after_seq + 1
+
+    async def _replayed(self, live: LiveSession, epoch: int | None, after_seq: int | None) -> View | None:
+        """The events after the cursor, unless they are gone or too many for one answer."""
+        if after_seq is None or not await self._can_replay(live, epoch, after_seq):
+            return None
+        head_seq, seq, replayed = live.tail.head_seq, after_seq, []
+        if head_seq - after_seq > self._limits.max_resume_events:
+            return None
+        async for entry in follow_session(live, self._store, seq, self._limits) if head_seq > seq else _nothing():
+            replayed.append(from_wire(entry.wire))
+        return {"epoch": live.meta.epoch, "head_seq": head_seq, "mode": "replay", "events": replayed}

@@ -1,0 +1,60 @@
+"""Checks that span parts: reference counts against holders, mapped pages against the index, the write frontier.
+
+Each raises IntegrityError with what is wrong; none changes anything.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from kvstore.errors import ensure
+from kvstore.pool import PagePool, PageState
+from kvstore.residency import Residency
+from kvstore.session import Session
+
+
+def check_holders(residency: Residency) -> None:
+    """Every page is held by just those who should hold it, and every session maps what the index says it maps."""
+    pool, indexed = residency.pool, list(residency.index.pages())
+    holders = Counter(indexed)
+    for session in residency.sessions.values():
+        _check_session(session, residency)
+        if session.lease is not None:
+            holders.update(session.tensor.pages.view.tolist())
+    for page in range(pool.capacity_pages):
+        guard = pool.state(page) is PageState.GUARD
+        ensure(pool.refs(page) == holders[page] + guard, f"page {page} has {pool.refs(page)} references")
+    for page in indexed:
+        ensure(pool.state(page) is PageState.INDEXED, f"page {page} is in the index but not marked so")
+    ensure(len(indexed) == pool.counts.indexed, "a page is marked indexed but not in the index")
+
+
+def check_frontier(session: Session, pool: PagePool) -> None:
+    """No page with rows still to be written is anyone else's, and no indexed row will be written again."""
+    num_tokens, tensor = session.tensor.num_tokens, session.tensor
+    writable = tensor.pages.view[tensor.complete_pages :]
+    node = session.resident.tail_node
+    if node is not None and node.tail is not None and len(writable):
+        ensure(int(writable[0]) == node.tail.page and node.end <= num_tokens, "a lease may write into its tail's rows")
+        writable = writable[1:]
+    ensure(
+        pool.count(writable, PageState.PRIVATE) == len(writable), "a lease may write into a page that is not its own"
+    )
+
+
+def _check_session(session: Session, residency: Residency) -> None:
+    resident, pages = session.resident, session.tensor.pages.view
+    path = residency.index.path_pages(resident)
+    ensure(np.array_equal(pages[: resident.num_pages], path), f"{session.session_id!r} maps other pages than indexed")
+    if session.lease is not None:
+        check_frontier(session, residency.pool)
+        ensure(len(session.lease.tokens) == session.tensor.num_tokens, "a lease's tokens are not its rows")
+        return
+    tail = resident.tail_node.tail if resident.tail_node else None
+    ensure(
+        pages[resident.num_pages :].tolist() == ([tail.page] if tail else []), "an idle session maps a page too many"
+    )
+    usable = resident.tail_node.end if resident.tail_node else session.tensor.capacity_tokens
+    ensure(session.tensor.num_tokens == usable, f"idle {session.session_id!r} counts rows that it does not have")
