@@ -15,15 +15,17 @@ from chatserve.cli.loop_thread import LoopThread
 from chatserve.cli.reply import Reply
 from chatserve.cli.screen import Screen, describe_turn
 from chatserve.cli.sessions import session_row
+from chatserve.cli.text import one_line
 from chatserve.client.chat import ChatClient
 from chatserve.client.errors import ClientError, CommandFailedError
 from chatserve.client.http import HttpApi
+from chatserve.client.snapshot import branch, text_of
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 line editing for input(), where Python was built with it
 
 LISTED_SESSIONS = 20
-TITLE_CHARS = 60
+TITLE_CHARS = 48
 HELP = """/new           start another session
 /sessions      list sessions
 /open NUMBER   go on with a session of the list, or with the one whose id is given
@@ -71,6 +73,7 @@ class Conversation:
         self._session_id = ""
         self._listed: list[str] = []
         self._failed = False
+        self._untitled = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/new": lambda _: self._start(),
             "/sessions": lambda _: self._list(),
@@ -110,12 +113,13 @@ class Conversation:
     def _start(self) -> None:
         session = self._loop.call(self._client.create_session())
         self._follow(session["id"])
+        self._untitled = True
         self._screen.remark(f"New session {session['id']}. /help lists commands.")
 
     def _open(self, session_id: str) -> None:
         attached = self._follow(session_id)
-        for message in attached["snapshot"]["messages"]:
-            self._screen.message(message["role"], "".join(part.get("text", "") for part in message["content"]))
+        for message in branch(attached["snapshot"]):
+            self._screen.message(message["role"], text_of(message))
         self._screen.remark(f"Session {session_id}, {attached['snapshot'].get('title') or 'no title'}.")
 
     def _follow(self, session_id: str) -> dict[str, Any]:
@@ -123,6 +127,7 @@ class Conversation:
         if self._session_id and self._session_id != session_id:
             self._loop.call(self._client.detach(self._session_id))
         self._session_id = session_id
+        self._untitled = False
         return attached
 
     def _list(self) -> None:
@@ -144,6 +149,9 @@ class Conversation:
 
     def _turn(self, text: str) -> None:
         accepted = self._loop.call(self._client.send(self._session_id, text))
+        if self._untitled:
+            self._loop.call(self._client.update_session(self._session_id, title=one_line(text, TITLE_CHARS)))
+            self._untitled = False
         reply = Reply(self._client, self._loop, self._screen, self._session_id, accepted["response_id"])
         response = reply.show()
         self._failed = response["status"] == "failed"

@@ -10,6 +10,7 @@ from chatserve.cli.loop_thread import LoopThread
 from chatserve.cli.screen import Screen
 from chatserve.client.chat import ChatClient
 from chatserve.client.errors import CommandFailedError
+from chatserve.client.snapshot import text_of
 from chatserve.protocol.events import TERMINAL_EVENTS
 
 _ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
@@ -65,7 +66,7 @@ class Reply:
         for message in snapshot["messages"]:
             response = message.get("response") or {}
             if response.get("id") == self._response_id:
-                self._show_from(0, "".join(part["text"] for part in message["content"]))
+                self._show_from(0, text_of(message))
                 return dict(response) if response.get("status") in _ENDED else None
         return None
 

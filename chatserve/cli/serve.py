@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -17,6 +18,8 @@ SERVER_MODULE = "chatserve.server.run"
 def main(arguments: Sequence[str]) -> int:
     """Serve until a signal comes; returns the exit status. Raises StartupError."""
     settings = load_settings(vars(parser().parse_args(arguments)))
+    if sys.stderr.isatty():
+        print("Starting chatserve", file=sys.stderr)
     status: int = import_module(SERVER_MODULE).run(settings)
     return status
 

@@ -15,6 +15,7 @@ from chatserve.cli.connection_options import add_connection_options
 from chatserve.cli.text import local_time, one_line, printable
 from chatserve.client.errors import ClientError
 from chatserve.client.http import HttpApi
+from chatserve.client.snapshot import branch, text_of
 
 TITLE_CHARS = 60
 
@@ -72,9 +73,8 @@ def _show(api: HttpApi, parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(json.dumps(session, indent=2))
         return
-    for message in session["messages"]:
-        text = "".join(part.get("text", "") for part in message["content"])
-        print(f"[{message['role']}] {printable(text)}\n")
+    for message in branch(session):
+        print(f"[{message['role']}] {printable(text_of(message))}\n")
 
 
 def _delete(api: HttpApi, parsed: argparse.Namespace) -> None:

@@ -36,23 +36,16 @@ class EngineChild:
 
         The child is made by exec, never by a bare fork: it shares no locks, threads or mappings with the front end.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = (sys.executable, "-m", "chatserve.engine.process", str(theirs.fileno()))
-            process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr,
-                start_new_session=True,
-            )  # fmt: skip
-        reader, writer = await asyncio.open_connection(sock=ours)
-        channel = AsyncChannel(reader, writer)
-        channel.post(config.as_map())
+        launching = asyncio.ensure_future(_launch())
         try:
+            process, channel = await asyncio.shield(launching)
+            channel.post(config.as_map())
             [[kind, payload]] = await channel.receive()
         except ChannelClosed:
             status = await process.wait()
             raise StartupError(f"the engine ended with status {status} at its start; its log above says why") from None
         except asyncio.CancelledError:
-            await _end(process, channel)
+            await _end(*await launching)
             raise
         if kind == "failed":
             await _end(process, channel)
@@ -74,6 +67,17 @@ class EngineChild:
         if status is None:
             return "its connection"
         return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+
+
+async def _launch() -> tuple[asyncio.subprocess.Process, AsyncChannel]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = (sys.executable, "-m", "chatserve.engine.process", str(theirs.fileno()))
+        process = await asyncio.create_subprocess_exec(
+            *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr,
+            start_new_session=True,
+        )  # fmt: skip
+    return process, AsyncChannel(*await asyncio.open_connection(sock=ours))
 
 
 async def _end(process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:

@@ -52,9 +52,7 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
             sessions=sessions,
             engine=engine,
             hub=Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections),
-            access=Access(
-                keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host
-            ),
+            access=Access(keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host),
             ping_store=store.ping,
         )
 

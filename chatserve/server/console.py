@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.table import Table
 
 from chatserve.engine.api import EngineInfo
 from chatserve.settings import ServeSettings
@@ -31,11 +30,9 @@ def loading_progress(console: Console) -> Iterator[Callable[[str], None]]:
 
 def print_summary(console: Console, url: str, settings: ServeSettings, info: EngineInfo) -> None:
     """The block that says the server is ready."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in summary(url, settings, info):
-        table.add_row(f"  {name}", value)
     console.print(f"[bold]chatserve {__version__} is ready[/bold]")
-    console.print(table)
+    for name, value in summary(url, settings, info):
+        console.print(f"  {name:<9} {value}", soft_wrap=True, markup=False)
 
 
 def summary(url: str, settings: ServeSettings, info: EngineInfo) -> list[tuple[str, str]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, cast
 
 from chatserve.errors import Overloaded, ServiceError
 from chatserve.protocol import events
 from chatserve.protocol.codec import Encoding, encode, wire_to
 from chatserve.server.outbox import Outbox
 from chatserve.sessions.manager import SessionManager
+from chatserve.storage.session_store import LogEntry
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,10 @@ class Following:
 
     async def _pump(self, session_id: str, after_seq: int) -> None:
         try:
-            async for entry in self._sessions.follow(session_id, after_seq):
-                await self._outbox.put(wire_to(self._encoding, entry.wire))
+            events_of_session = cast(AsyncGenerator[LogEntry, None], self._sessions.follow(session_id, after_seq))
+            async with aclosing(events_of_session):  # at once, not when the collector comes by
+                async for entry in events_of_session:
+                    await self._outbox.put(wire_to(self._encoding, entry.wire))
         except ServiceError as refusal:
             await self._report(session_id, refusal.as_object())
         except Exception:  # a client must learn that its session stands still, whatever the fault was

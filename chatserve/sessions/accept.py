@@ -103,7 +103,7 @@ def _plan(
     *,
     has_user: bool,
 ) -> TurnPlan:
-    now_ms = live.now_ms()
+    now_ms = live.now_ms() + has_user  # stored messages are ordered by time: the reply comes after what it answers
     params = turn_params(command, live.meta.params, tools.limits)
     room = output_room(len(prompt.token_ids), tools.engine.info.max_context)
     return TurnPlan(

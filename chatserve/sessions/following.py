@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from chatserve.errors import Unavailable
 from chatserve.sessions.limits import SessionLimits
@@ -15,7 +15,7 @@ from chatserve.storage.session_store import LogEntry, StorageUnavailable
 
 async def follow_session(
     live: LiveSession, store: Store, after_seq: int, limits: SessionLimits
-) -> AsyncIterator[LogEntry]:
+) -> AsyncGenerator[LogEntry, None]:
     """Every event after `after_seq` in order, then those to come, until the session is deleted.
 
     Notices come between them with seq 0. Raises Unavailable (`server_interrupted`) where the cursor has fallen out of

@@ -7,13 +7,13 @@ keeper. It knows neither connections nor encodings.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import datetime
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 from chatserve.engine.api import Engine
 from chatserve.errors import Conflict, NotFound, Unavailable
@@ -23,14 +23,14 @@ from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFo
 from chatserve.sessions import views
 from chatserve.sessions.accept import Accepted, body_hash, prepare_turn
 from chatserve.sessions.following import follow_session
-from chatserve.sessions.ids import new_epoch, new_id
 from chatserve.sessions.keeper import TurnKeeper
 from chatserve.sessions.limits import SessionLimits
+from chatserve.sessions.making import forked_session, new_session
 from chatserve.sessions.ports import Records, Store
 from chatserve.sessions.registry import SessionRegistry
 from chatserve.sessions.session import Change, Draft, LiveSession
 from chatserve.sessions.tasks import TaskGroup
-from chatserve.sessions.tree import find_message, path_to
+from chatserve.sessions.tree import find_message
 from chatserve.sessions.trimming import LogTrimmer
 from chatserve.sessions.turn import TurnTools
 from chatserve.storage.session_store import (
@@ -173,9 +173,7 @@ class SessionManager:
                 async for entry in follow_session(live, self._store, after_seq, self._limits):
                     yield entry
 
-    async def resume(
-        self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None, warm: bool
-    ) -> View:
+    async def resume(self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None, warm: bool) -> View:
         """What happened since the cursor, as events or a snapshot, and how much of the history is held ready.
 
         `warm` says that a turn is about to come.
@@ -288,9 +286,92 @@ class SessionManager:
         """The events after the cursor, unless they are gone or too many for one answer."""
         if after_seq is None or not await self._can_replay(live, epoch, after_seq):
             return None
-        head_seq, seq, replayed = live.tail.head_seq, after_seq, []
+        head_seq = live.tail.head_seq
         if head_seq - after_seq > self._limits.max_resume_events:
             return None
-        async for entry in follow_session(live, self._store, seq, self._limits) if head_seq > seq else _nothing():
-            replayed.append(from_wire(entry.wire))
+        replayed = await self._events_between(live, after_seq, head_seq)
         return {"epoch": live.meta.epoch, "head_seq": head_seq, "mode": "replay", "events": replayed}
+
+    async def _events_between(self, live: LiveSession, after_seq: int, head_seq: int) -> list[View]:
+        replayed: list[View] = []
+        async with aclosing(follow_session(live, self._store, after_seq, self._limits)) as entries:
+            while len(replayed) < head_seq - after_seq:
+                entry = await anext(entries)
+                if entry.seq:
+                    replayed.append(from_wire(entry.wire))
+        return replayed
+
+    def _state(self, live: LiveSession) -> View:
+        state = views.snapshot(live, self._engine.info.max_context)
+        return {"epoch": live.meta.epoch, "head_seq": live.tail.head_seq, "mode": "snapshot", "snapshot": state}
+
+    def _loaded(self, live: LiveSession) -> None:
+        if live.meta.active is not None:
+            self._keeper.mend(live)
+        else:
+            self._trimmer.schedule(live.id, live.tail.head_seq)
+
+    def _note_turn(self, live: LiveSession, num_tokens: int) -> None:
+        """Tell eviction that the session is in use, and how long its person thinks between turns."""
+        now_s = self._clock()
+        if live.last_reply_s is not None:
+            paused_s = now_s - live.last_reply_s
+            live.think_time_s = paused_s if not live.think_time_s else 0.7 * live.think_time_s + 0.3 * paused_s
+        self._records.touch(
+            live.id,
+            last_activity_s=now_s,
+            turns=sum(message.role == "user" for message in live.messages.values()),
+            tokens=num_tokens,
+            think_time_s=live.think_time_s,
+            typing=False,
+        )
+
+    def _finished(self, live: LiveSession) -> None:
+        live.last_reply_s = self._clock()
+        self._records.touch(live.id, last_activity_s=live.last_reply_s, tokens=views.num_branch_tokens(live))
+        self._trimmer.schedule(live.id, live.tail.head_seq)
+
+    @contextmanager
+    def _followed(self, live: LiveSession) -> Iterator[None]:
+        """Count a follower; the first and the last one change whether the session is connected."""
+        live.num_followers += 1
+        if live.num_followers == 1:
+            self._records.touch(live.id, connected=True)
+        try:
+            yield
+        finally:
+            live.num_followers -= 1
+            if not live.num_followers:
+                self._records.touch(live.id, connected=False)
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+def _changes(live: LiveSession, command: SessionUpdate) -> dict[str, Any]:
+    """The fields that the command gives."""
+    if command.head_id is not None:
+        find_message(live.messages, command.head_id, "head_id")
+    given = {
+        "title": command.title,
+        "metadata": command.metadata,
+        "params": given_params(command.params) if command.params else None,
+        "head_id": command.head_id,
+        "archived": command.archived,
+        "pinned": command.pinned,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _accepted_before(earlier: StoredKey, command: ResponseCreate) -> Accepted:
+    if earlier.body_hash != body_hash(command):
+        raise IdempotencyConflict(f"key {command.key!r} was used for another body; make a new key", param="key")
+    return Accepted(**earlier.result, duplicate=True)
+
+
+def _final_status(live: LiveSession, response_id: str) -> str:
+    for message in live.messages.values():
+        if message.response is not None and message.response["id"] == response_id:
+            status: str = message.response["status"]
+            return status
+    raise NotFound(f"the session has no response {response_id!r}", code="response_not_found", param="response_id")

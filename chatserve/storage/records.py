@@ -129,7 +129,7 @@ class RedisRecordReader(SessionRecords):
         )
 
     def changed_since(self, time_s: float) -> list[SessionRecord]:
-        """The records that changed at or after `time_s` (seconds since 1970), oldest change first; none with Redis away."""
+        """The records written at or after `time_s` (seconds since 1970), oldest change first; none with Redis away."""
         try:
             changed = cast("list[bytes]", self._redis.zrangebyscore(RECORD_CHANGES, int(time_s * 1000), "+inf"))
             ids = [member.decode() for member in changed]

@@ -28,7 +28,7 @@ QUESTIONS = ["What is my name?", "What is my dog called?", "Where do I live?", "
 
 def make_engine(**fields) -> EngineCore:
     """An engine core on the bundled model in this process."""
-    core, _ = build(EngineConfig(model="bundled", **fields))
+    core, _ = build(EngineConfig(model="bundled", **({"kv_device_bytes": 64 << 20, "num_threads": 1} | fields)))
     return core
 
 
@@ -125,7 +125,7 @@ def test_edited_history_equals_fresh(plain, tokenizer):
 
 def test_evicted_and_recomputed_equals_kept(plain, tokenizer):
     """With memory for little more than one conversation, two that take turns evict each other and answer the same."""
-    core = make_engine(kv_device_bytes=2 << 20, max_context=400)
+    core = make_engine(kv_device_bytes=4 << 20, max_context=640)
     conversations = {name: [] for name in ("a", "b")}
     evicted = False
     for index, line in enumerate(FACTS + QUESTIONS):

@@ -1,0 +1,85 @@
+"""The command line before any server: help, version, errors, and what is loaded for them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from chatserve.cli import chat, main, serve, sessions
+from chatserve.cli.text import one_line, printable
+from chatserve.version import __version__
+from tests.live import server_environment
+
+
+def run(*arguments, **options):
+    """`chatserve` in a process of its own."""
+    command = [sys.executable, "-m", "chatserve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=server_environment(), **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "commands:"),
+        (["serve", "--help"], "--kv-device-memory"),
+        (["chat", "--help"], "/sessions"),
+        (["sessions", "--help"], "list"),
+        (["sessions", "list", "--help"], "--json"),
+        (["--version"], f"chatserve {__version__}"),
+    ],
+)
+def test_help(arguments, expected, capsys):
+    """Every command explains itself."""
+    with pytest.raises(SystemExit) as caught:
+        main.main(arguments)
+    assert caught.value.code == 0
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["talk"], ["serve", "--prot=1"], ["serve", "--por=1"], ["sessions"], ["chat", "--verbose"]]
+)
+def test_bad_arguments(arguments, capsys):
+    """What there is not is refused with status 2 and a usage line."""
+    with pytest.raises(SystemExit) as caught:
+        main.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: chatserve" in capsys.readouterr().err
+
+
+def test_bad_setting(capsys):
+    """A bad setting ends with status 1 and a line that says what to do, before anything is loaded."""
+    assert main.main(["serve", "--port=abc"]) == 1
+    assert "port = 'abc'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["chat", "sessions list"])
+def test_no_server(command, capsys):
+    """Without a server, a line that names its address, and status 1."""
+    assert main.main([*command.split(), "--url", "http://127.0.0.1:1"]) == 1
+    assert "cannot connect to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["chat", "sessions list"])
+def test_bad_url(command, capsys):
+    """An address that is none is refused with an example."""
+    assert main.main([*command.split(), "--url", "ftp://somewhere"]) == 1
+    assert "http://HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [main.__name__, serve.__name__, chat.__name__, sessions.__name__])
+def test_commands_start_light(module):
+    """Nothing that takes seconds to load is loaded for help, for chatting or for listing sessions."""
+    heavy = ("torch", "transformers", "numpy", "redis", "starlette", "uvicorn")
+    code = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=server_environment(), check=True
+    )
+    assert loaded.stdout.split() == []
+
+
+def test_printable():
+    """Text of others cannot move the cursor, recolour the screen or ring the bell; its lines stay."""
+    assert printable("a\x1b[31mred\x07\r\x9bK\nb\tc") == "a[31mredK\nb\tc"
+    assert one_line("  a\n b\x1b  c ", 5) == "a b c"
+    assert one_line("abcdef", 5) == "abcd…"
