@@ -53,25 +53,41 @@ async def measure(sessions: int, tokens: int) -> list[float]:
 
 
 async def rate(engine: EngineClient, sessions: int, history: int, tokens: int) -> float:
-    """Tokens a second of all sessions, from the moment the last one started to the first one's end."""
-    arrivals: list[list[float]] = [[] for _ in range(sessions)]
-    await asyncio.gather(*(decode(engine, index, history, tokens, arrivals[index]) for index in range(sessions)))
+    """Tokens a second of all sessions, from the moment the last one started to the first one's end.
+
+    Their histories are prefilled before, so that they decode together from the start.
+    """
+    prompts = [await prefill(engine, index, history) for index in range(sessions)]
+    arrivals = await asyncio.gather(*(decode(engine, index, ids, tokens) for index, ids in enumerate(prompts)))
     start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     return sum(start < t <= end for times in arrivals for t in times) / (end - start)
 
 
-async def decode(engine: EngineClient, index: int, history: int, tokens: int, arrivals: list[float]) -> None:
-    """One session: prefill `history` tokens of its own, then decode; notes when each token arrived."""
-    ids = torch.randint(
-        FIRST_ORDINARY_TOKEN, FIRST_ORDINARY_TOKEN + 500, (history,), generator=torch.Generator().manual_seed(index)
-    )
+async def prefill(engine: EngineClient, index: int, history: int) -> list[int]:
+    """Give a session `history` tokens of its own; returns them with the one sampled after."""
+    generator = torch.Generator().manual_seed(1000 * history + index)
+    ids = torch.randint(FIRST_ORDINARY_TOKEN, FIRST_ORDINARY_TOKEN + 500, (history,), generator=generator).tolist()
+    return ids + [token for token, _ in await run(engine, index, ids, num_history=0, tokens=1)]
+
+
+async def decode(engine: EngineClient, index: int, ids: list[int], tokens: int) -> list[float]:
+    """When each of `tokens` more tokens of the session arrived."""
+    return [arrived for _, arrived in await run(engine, index, ids, num_history=len(ids) - 1, tokens=tokens)]
+
+
+async def run(
+    engine: EngineClient, index: int, ids: list[int], *, num_history: int, tokens: int
+) -> list[tuple[int, float]]:
+    """One greedy request that only its length ends: its tokens and their times of arrival."""
     request = GenerationRequest(
-        request_id=f"{history}-{index}", session_id=f"{history}-{index}", tenant="bench", token_ids=ids.tolist(),
-        num_history=0, max_output_tokens=tokens,
+        request_id=f"r{index}", session_id=f"s{index}", tenant="bench", token_ids=ids, num_history=num_history,
+        max_output_tokens=tokens,
     )  # fmt: skip
+    arrivals: list[tuple[int, float]] = []
     async for progress in engine.generate(request):
         if isinstance(progress, Tokens):
-            arrivals.extend([time.perf_counter()] * len(progress.token_ids))
+            arrivals += [(token, time.perf_counter()) for token in progress.token_ids]
+    return arrivals
 
 
 if __name__ == "__main__":

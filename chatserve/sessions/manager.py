@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +166,7 @@ class SessionManager:
             state = views.snapshot(live, self._engine.info.max_context)
             return Attached(live.id, live.meta.epoch, live.tail.head_seq, "snapshot", state, live.tail.head_seq)
 
-    async def follow(self, session_id: str, after_seq: int) -> AsyncIterator[LogEntry]:
+    async def follow(self, session_id: str, after_seq: int) -> AsyncGenerator[LogEntry, None]:
         """Every event after `after_seq`, then those to come; see `follow_session`. Ends when the session is deleted."""
         async with self._registry.use(session_id) as live:
             with self._followed(live):

@@ -219,8 +219,10 @@ async function send() {
   if (!conversation && !(await createSession())) return;
   const id = wantedId;
   if (!currentTitle()) connection.command("session.update", { session_id: id, title: shortened(text) }).catch(() => {});
-  const answer = await attempt(() => connection.command("response.create", { session_id: id, key: newKey(), input: text }));
-  if (answer) setInput("");
+  setInput("");
+  const turn = { session_id: id, key: newKey(), input: text };
+  const answer = await attempt(() => connection.command("response.create", turn));
+  if (!answer && !$("input").value) setInput(text);
 }
 
 function stop() {
@@ -259,6 +261,7 @@ function showSidebar(shown) {
   document.body.classList.toggle("sidebar-shown", shown);
   $("menu").setAttribute("aria-expanded", String(shown));
   $("shade").hidden = !shown;
+  if (shown) $("new-session").focus();
 }
 
 function showProblem(text) {
@@ -297,6 +300,7 @@ $("input").onkeydown = keyDown;
 $("composer").onsubmit = (event) => { event.preventDefault(); send(); };
 $("dialog-cancel").onclick = () => $("dialog").close();
 $("dialog").querySelector("form").onsubmit = (event) => { event.preventDefault(); $("dialog").close("ok"); };
+addEventListener("keydown", (event) => event.key === "Escape" && showSidebar(false));
 addEventListener("hashchange", () => {
   const id = decodeURIComponent(location.hash.slice(1));
   if (id && id !== wantedId) openSession(id);

@@ -127,15 +127,13 @@ def test_evicted_and_recomputed_equals_kept(plain, tokenizer):
     """With memory for little more than one conversation, two that take turns evict each other and answer the same."""
     core = make_engine(kv_device_bytes=4 << 20, max_context=640)
     conversations = {name: [] for name in ("a", "b")}
-    evicted = False
     for index, line in enumerate(FACTS + QUESTIONS):
         for name, ids in conversations.items():
             ids += user_turn(tokenizer, f"{line} {name}", first=index == 0)
             events = answer(core, name, ids)
             assert tokens_of(events) == plain(ids)
-            evicted |= index > 0 and events[0][6] == "evicted"
             ids += tokens_of(events)
-    assert evicted, "the budget was meant to force evictions"
+    assert core.store.stats().evicted_tokens > 400, "the budget was meant to force evictions"
 
 
 def test_tenants_never_share(plain, tokenizer):

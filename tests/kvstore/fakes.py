@@ -14,7 +14,14 @@ from kvstore.arrays import PageArray
 from kvstore.linux import LinuxCalls
 
 PAGE_BYTES = 4096
-TOKEN_FLOATS = {384: (1, 1, 48), 640: (1, 1, 80), 1024: (2, 2, 32), 4096: (4, 2, 64), 10240: (4, 5, 64), 12288: (4, 6, 64)}
+TOKEN_SHAPES = {
+    384: (1, 1, 48),
+    640: (1, 1, 80),
+    1024: (2, 2, 32),
+    4096: (4, 2, 64),
+    10240: (4, 5, 64),
+    12288: (4, 6, 64),
+}
 
 
 class Countdown:
@@ -101,7 +108,7 @@ class PlainMemory:
 
 def make_layout(token_bytes: int = 384, page_bytes: int = PAGE_BYTES) -> KVLayout:
     """A layout of float32 rows with this many bytes a token."""
-    num_layers, num_kv_heads, head_dim = TOKEN_FLOATS[token_bytes]
+    num_layers, num_kv_heads, head_dim = TOKEN_SHAPES[token_bytes]
     layout = KVLayout(num_layers, num_kv_heads, head_dim, torch.float32, page_bytes)
     assert layout.token_bytes == token_bytes
     return layout
@@ -127,7 +134,7 @@ def row_marks(salt: bytes, token_ids: Sequence[int]) -> torch.Tensor:
 def rows_of(store: KVStore, base_token: int, start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of the session at `base_token` as int64 [stop - start, token_bytes / 8]."""
     rows = store.arena[base_token + start : base_token + stop]
-    return rows.reshape(stop - start, -1).view(torch.int64)
+    return rows.flatten(start_dim=1).view(torch.int64)
 
 
 def write_rows(store: KVStore, lease: Lease, salt: bytes, token_ids: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvstore import Lease, OutOfPages
 from tests.kvstore.fakes import (
-    TOKEN_FLOATS,
+    TOKEN_SHAPES,
     FlakyMemory,
     assert_rows,
     base_token_of,
@@ -41,7 +41,7 @@ class StoreMachine(RuleBasedStateMachine):
     """Turns begin, write and end in any order; after every step all rows that count must be the right ones."""
 
     @initialize(
-        token_bytes=st.sampled_from(sorted(TOKEN_FLOATS)),
+        token_bytes=st.sampled_from(sorted(TOKEN_SHAPES)),
         pages=st.one_of(st.integers(1, 3), st.integers(4, 40), st.just(400)),
         max_ranges=st.integers(1, 6),
         prefix_sharing=st.sampled_from([True, True, True, False]),

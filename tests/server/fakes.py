@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatserve.engine.api import EngineInfo
-from chatserve.errors import NotFound, ServiceError
+from chatserve.errors import BadRequest, NotFound, ServiceError
 from chatserve.protocol import events
 from chatserve.protocol.codec import to_wire
 from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionUpdate
 
 INFO = EngineInfo("fake-model", 4096, 100_000, 65_536, 1024, "cpu", "float32", "none")
+
+
+TIMINGS = {"queue_ms": 0.0, "restore_ms": 0.0, "prefill_ms": 1.0, "ttft_ms": 5.0, "decode_ms": 9.0}
+TIMINGS["tokens_per_second"] = 222.0
 
 
 class FakeEngine:
@@ -63,10 +67,15 @@ class FakeSessions:
         self.logs: dict[str, list[Entry]] = {}
         self.keys: dict[str, str] = {}
         self.fault: Exception | None = None
+        self.running: dict[str, dict[str, Any]] = {}
         self.typed: list[str] = []
         self.drained = False
         self._ids = itertools.count(1)
         self._grown = asyncio.Condition()
+
+    def refusal(self, message: str) -> ServiceError:
+        """A refusal to be raised as `fault`."""
+        return BadRequest(message, code="context_length_exceeded")
 
     async def append(self, session_id: str, event: dict[str, Any]) -> int:
         log = self.logs[session_id]
@@ -86,9 +95,9 @@ class FakeSessions:
     async def create_session(self, tenant: str, command: SessionCreate) -> tuple[dict[str, Any], bool]:
         if command.key in self.keys:
             return self.views[self.keys[command.key]], True
-        session_id = self.keys[command.key] = f"sess_{next(self._ids)}"
+        session_id = self.keys[command.key] = f"sess_{len(self.keys) + 1}"
         self.tenants[session_id], self.logs[session_id] = tenant, []
-        self.views[session_id] = {"id": session_id, "title": command.title or "", "updated_at": len(self.views)}
+        self.views[session_id] = {"id": session_id, "title": command.title or "", "updated_at": next(self._ids)}
         await self.append(session_id, events.session_created(self.views[session_id]))
         return self.views[session_id], False
 
@@ -128,24 +137,41 @@ class FakeSessions:
             after_seq = len(log)
 
     async def create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
+        """Answer with the input, a word a delta; "wait" is answered with a reply that goes on until it is cancelled."""
         self._own(tenant, command.session_id)
-        response_id = f"resp_{next(self._ids)}"
-        text = command.input[0].text if command.input else ""
+        number = next(self._ids)
+        response_id, user_id, text = f"resp_{number}", f"user_{number}", command.input[0].text
+        names = {"response_id": response_id, "message_id": f"reply_{number}", "parent_id": user_id, "model": INFO.model}
+        parent_id = self.views[command.session_id].get("head_id")
+        message = events.message_object(message_id=user_id, parent_id=parent_id, role="user", text=text, created_at=1)
+        await self.append(command.session_id, events.message_created(message))
+        created = events.response_created(events.response_object(**names, status="in_progress"))
+        head_seq = await self.append(command.session_id, created)
+        self.views[command.session_id]["head_id"] = names["message_id"]
         offset = 0
         for word in text.split():
-            await self.append(
-                command.session_id, events.output_text_delta(response_id=response_id, offset=offset, delta=word + " ")
-            )
+            delta = events.output_text_delta(response_id=response_id, offset=offset, delta=word + " ")
+            await self.append(command.session_id, delta)
             offset += len(word) + 1
+        self.running[response_id] = {**names, "text": text}
+        if text != "wait":
+            await self.end(command.session_id, response_id, "completed")
+        return Accepted(user_id, response_id, head_seq, False)
+
+    async def end(self, session_id: str, response_id: str, status: str) -> None:
+        """End a running reply."""
+        usage = events.usage_object(input_tokens=20, output_tokens=3, cached_tokens={"device": 12})
         response = events.response_object(
-            response_id=response_id, message_id="m2", parent_id="m1", model="fake-model", status="completed", text=text
+            **self.running.pop(response_id), status=status, usage=usage, timings=dict(TIMINGS)
         )
-        head_seq = await self.append(command.session_id, events.response_completed(response))
-        return Accepted("m1", response_id, head_seq, False)
+        await self.append(session_id, {"type": f"response.{status}", "response": response})
 
     async def cancel_response(self, tenant: str, session_id: str, response_id: str) -> str:
         self._own(tenant, session_id)
-        return "completed"
+        if response_id not in self.running:
+            return "completed"
+        await self.end(session_id, response_id, "cancelled")
+        return "cancelling"
 
     async def typing(self, tenant: str, session_id: str) -> None:
         self.typed.append(session_id)

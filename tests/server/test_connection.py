@@ -31,13 +31,21 @@ async def test_turn_on_an_attached_session(served):
         "mode": "replay",
     }
     await peer.tell(type="response.create", id="c2", session_id=session_id, key="k2", input="a b c")
-    heard = [await peer.hear() for _ in range(6)]
+    heard = [await peer.hear() for _ in range(8)]
     log = [event for event in heard if "seq" in event]
-    assert [event["seq"] for event in log] == [1, 2, 3, 4, 5]
+    assert [event["seq"] for event in log] == [1, 2, 3, 4, 5, 6, 7]
     assert "".join(event.get("delta", "") for event in log) == "a b c "
     answers = [event for event in heard if event["type"] == "ok"]
+    response_id = log[-1]["response"]["id"]
     assert answers == [
-        {"type": "ok", "id": "c2", "message_id": "m1", "response_id": "resp_2", "head_seq": 5, "duplicate": False}
+        {
+            "type": "ok",
+            "id": "c2",
+            "message_id": log[1]["message"]["id"],
+            "response_id": response_id,
+            "head_seq": 3,
+            "duplicate": False,
+        }
     ]
 
 

@@ -78,7 +78,7 @@ class Chat:
     async def events(self, session_id: str, after_seq: int = 0, *, until: Sequence[str] = TERMINAL) -> list[Any]:
         """The events after a cursor up to the first of a type in `until`."""
         collected = []
-        async with asyncio.timeout(10), aclosing(self.manager.follow(session_id, after_seq)) as entries:  # type: ignore[type-var]
+        async with asyncio.timeout(10), aclosing(self.manager.follow(session_id, after_seq)) as entries:
             async for entry in entries:
                 collected.append(from_wire(entry.wire))
                 if collected[-1]["type"] in until:

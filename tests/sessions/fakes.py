@@ -13,10 +13,17 @@ from chatserve.storage.session_store import SessionStore, StorageUnavailable
 class FakeEngine:
     """Samples by `choose(token_ids)`; a session's tokens stay cached until `held` forgets them.
 
-    With `gated`, every token waits for `allow`. `failure` is raised where the next token would come.
+    With `gated`, every token waits for `allow`, else for `pace_s`. `failure` is raised where the next token would come.
     """
 
-    def __init__(self, choose: Callable[[Sequence[int]], int], *, max_context: int = 4096, gated: bool = False) -> None:
+    def __init__(
+        self,
+        choose: Callable[[Sequence[int]], int],
+        *,
+        max_context: int = 4096,
+        gated: bool = False,
+        pace_s: float = 0.0,
+    ) -> None:
         self.info = EngineInfo("fake", max_context, max_context, 65536, 64, "cpu", "float32", "none")
         self.ready = True
         self.requests: list[GenerationRequest] = []
@@ -25,6 +32,7 @@ class FakeEngine:
         self.extra: list[Progress] = []
         self.deaf = False
         self._choose = choose
+        self._pace_s = pace_s
         self._cancelled: set[str] = set()
         self._allowed = asyncio.Semaphore(0) if gated else None
 
@@ -62,7 +70,7 @@ class FakeEngine:
 
     async def _permission(self, request_id: str) -> None:
         if self._allowed is None or request_id in self._cancelled:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._pace_s)
         else:
             await self._allowed.acquire()
 
