@@ -6,7 +6,7 @@ An edge covers the half-open token range [start, end) and owns the pages whose l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,8 +80,8 @@ class Node:
         return len(self.pages) + (self.tail is not None)
 
     @property
-    def session_ids(self) -> Iterable[str]:
-        """Sessions that map pages of this edge."""
+    def session_ids(self) -> set[str]:
+        """Sessions that map pages of this edge, its tail included."""
         owners = [self.tail.owner] if self.tail and self.tail.owner else []
         return {resident.session_id for resident in [*self.residents, *owners]}
 

@@ -126,7 +126,7 @@ class RadixIndex:
         """Forget everything under a salt; returns its pages. Raises ValueError while a session maps some of them."""
         root = self._roots.get(self._key(salt))
         nodes = list(_subtree(root)) if root else []
-        if any(node.residents for node in nodes):
+        if any(node.session_ids for node in nodes):
             raise ValueError("drop of a salt whose pages sessions still map: detach them first")
         self._roots.pop(self._key(salt), None)
         for node in nodes:

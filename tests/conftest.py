@@ -27,8 +27,8 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
     """Start servers: `start_server("--api-key=secret-one")`. The same data directory unless `data_dir` is given."""
     started: list[LiveServer] = []
 
-    def start(*arguments: str, data_dir: Path | None = None, wait: bool = True) -> LiveServer:
-        server = LiveServer(data_dir or tmp_path / "data", *arguments)
+    def start(*arguments: str, data_dir: Path | None = None, log: Path | None = None, wait: bool = True) -> LiveServer:
+        server = LiveServer(data_dir or tmp_path / "data", *arguments, log=log)
         started.append(server)
         return server.wait_ready() if wait else server
 

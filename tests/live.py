@@ -21,15 +21,16 @@ START_TIMEOUT_S = 60.0
 class LiveServer:
     """`chatserve serve` on a free port, ready. `log` is its standard error."""
 
-    def __init__(self, data_dir: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        self.log = data_dir.with_suffix(".log")
+    def __init__(self, data_dir: Path, *arguments: str, log: Path | None = None) -> None:
+        self.data_dir = data_dir
+        self.log = log or data_dir.with_suffix(".log")
         self._stderr = self.log.open("ab")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "chatserve", "serve", "--port=0", f"--data-dir={data_dir}", *arguments],
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             stdin=subprocess.DEVNULL,
-            env=server_environment() | (environment or {}),
+            env=server_environment(),
             cwd=data_dir.parent,
             start_new_session=True,
         )

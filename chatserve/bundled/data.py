@@ -16,6 +16,14 @@ from chatserve.bundled.manner import Style, listing, replied
 from chatserve.bundled.words import Words
 
 LIST_LIMIT = 8
+LIST_NAMES = {
+    "shopping list": ("shopping list", "shopping list", "shopping list", "grocery list"),
+    "to-do list": ("to-do list", "to-do list", "todo list", "to do list"),
+}
+
+
+def numbers(counted: range) -> str:
+    return ", ".join(map(str, counted)) + "."
 
 
 @dataclass
@@ -62,7 +70,7 @@ class Chat(Facts):
         self.last_list = (len(self.messages) + 2, name)
         others = [other for other in p.USER_LISTS if other != name and self.lists.get(other)]
         only = not others and (self.lists.get(name) or name == p.USER_LISTS[0])
-        said = "list" if only and self.rng.random() < 0.3 else name
+        said = "list" if only and self.rng.random() < 0.3 else self.rng.choice(LIST_NAMES[name])
         return self.typed(self.rng.choice(templates), mark, v=value, l=said)
 
     def list_add(self, name: str, items: list[str]) -> Part:
@@ -195,13 +203,16 @@ class Chat(Facts):
         return self.rng.choice(makers)()
 
     def count(self) -> Part:
+        if self.rng.random() < 0.15:
+            word = self.rng.choice(list(p.NUMBER_WORDS))
+            return Part(self.typed(self.rng.choice(p.COUNT_TO), b=word), numbers(range(1, p.NUMBER_WORDS[word] + 1)), "count")
         start = self.rng.choice((1, 1, self.rng.randint(1, 100)))
         end = start + self.rng.choice((self.rng.randint(1, 20), self.rng.randint(1, 100), self.rng.randint(50, 500)))
         template = self.rng.choice(p.COUNT_TO if start == 1 and self.rng.random() < 0.6 else p.COUNT)
         user = self.typed(template, a=str(start), b=str(end))
         if end > p.HIGHEST_COUNT:
             return Part(user, f"That is too far for me. I count to {p.HIGHEST_COUNT} at most.", "count far")
-        return Part(user, ", ".join(map(str, range(start, end + 1))) + ".", "count")
+        return Part(user, numbers(range(start, end + 1)), "count")
 
     def count_down(self) -> Part:
         start = self.rng.randint(2, 60)
@@ -209,7 +220,7 @@ class Chat(Facts):
         end = 1 if short else self.rng.randint(1, start - 1)
         template = self.rng.choice(p.COUNT_DOWN_FROM if short else p.COUNT_DOWN)
         user = self.typed(template, a=str(end), b=str(start))
-        return Part(user, ", ".join(map(str, range(start, end - 1, -1))) + ".", "count")
+        return Part(user, numbers(range(start, end - 1, -1)), "count")
 
     def alphabet(self) -> Part:
         return Part(self.typed(self.rng.choice(p.ALPHABET)), " ".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), "alphabet")

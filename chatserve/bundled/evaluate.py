@@ -30,18 +30,18 @@ from chatserve.bundled.tokenizer import Encoder
 BUCKET_TOKENS = 512
 QUESTION_TOKENS = 160
 HELD_OUT_VALUES = frozenset(p.rows(
-    "name | names | city | colour | food | animal | title | hobby | drink | word | number | code | job | place | address"
+    "name | names | several | city | colour | food | animal | title | hobby | drink | word | number | code | job | place | address | email | url"
 ))
 NOT_TOLD = "You have not told me"
 UNSEEN_ASKS = {
-    "name": p.rows("i wonder if you recall my name | how do i call myself | by what name do you know me"),
-    "named": p.rows("could you say how {k} is named | {k} is called what | i want {k}'s name from you | give the name of {k}"),
-    "attribute": p.rows("any idea what {k} might be | {k} is what | what have i given as {k} | i asked you to keep {k}, what is it"),
-    "home": p.rows("in which place do i live | what is the town where i live | i live where"),
-    "home of": p.rows("in which town does {k} live | {k} lives where | what is the home of {k}"),
-    "place": p.rows("in what place is {k} | {k} is where | where would i look for {k}"),
-    "places": p.rows("in what place are {k} | {k} are where | where would i look for {k}"),
-    "colour of": p.rows("in what colour is {k} | {k} is of what colour"),
+    "name": p.rows("what would you call me | which name do i have | please give me my own name"),
+    "named": p.rows("what do people call {k} | do tell me the name {k} has | how does one call {k}"),
+    "attribute": p.rows("i would love to hear {k} | what did i tell you {k} was | please repeat {k} to me"),
+    "home": p.rows("in what city is my home | where is it that i live | what is the place i live in"),
+    "home of": p.rows("where is the home of {k} | in what town is {k} living | where is it that {k} lives"),
+    "place": p.rows("where has {k} gone | at what spot is {k} | where should i look for {k}"),
+    "places": p.rows("where have {k} gone | at what spot are {k} | where should i look for {k}"),
+    "colour of": p.rows("which colour does {k} have | tell me how {k} is coloured | what is the colour that {k} has"),
 }
 SMALL_TALK_ACTIONS = (Chat.small_talk, Chat.long_reply, Chat.forget_name)
 

@@ -48,6 +48,7 @@ class Fact:
     key: Key
     value: str
     asked: int = 0
+    spoken_of: int = 0
 
     @property
     def ident(self) -> Ident:
@@ -108,7 +109,7 @@ class Facts:
         fact = self.find(kind, key)
         if fact is None:
             fact = self.facts[kind.name, key.ident] = Fact(kind, key, value)
-        fact.value, fact.asked = value, 0
+        fact.value, fact.asked, fact.spoken_of = value, 0, len(self.messages)
         self.last_told = fact
         return fact
 
@@ -119,6 +120,8 @@ class Facts:
         rng, owner = self.rng, key.owner
         if key.bare:
             return Mention(key.noun, key.noun)
+        if key.is_the:
+            return Mention("the " + key.noun, replied("the " + key.noun))
         if owner:
             others = self.aliases(owner)
             owner = rng.choice(others) if others and rng.random() < 0.4 else owner
@@ -127,14 +130,15 @@ class Facts:
             return Mention(said, replied(said))
         if key.noun not in PERSONS and " my " not in key.noun and rng.random() < self.style.casual * 0.06:
             return Mention(key.noun, "your " + key.noun)
-        said = f"{'the' if key.takes_the and rng.random() < 0.4 else 'my'} {key.noun}"
+        draw = rng.random()
+        said = f"{'the' if key.takes_the and draw < 0.4 else 'our' if draw > 0.96 else 'my'} {key.noun}"
         return Mention(said, replied(said))
 
     def plain(self, key: Key) -> str:
         """The key as the reply says it where the user did not."""
         if key.bare:
             return key.noun
-        owner = key.owner + "'s" if key.owner and key.noun else key.owner or "my"
+        owner = key.owner + "'s" if key.owner and key.noun else key.owner or ("the" if key.is_the else "my")
         return replied(f"{owner} {key.noun}".strip())
 
     def or_pronoun(self, kind: p.Kind, mention: Mention, key: Key, template: str) -> Mention:
@@ -182,7 +186,7 @@ class Facts:
         """A new fact, or by chance an old key with another value."""
         draw = self.rng.random()
         if draw < 0.12 and not self.protected:
-            return self.compound() if draw < 0.09 else self.name_and_home()
+            return self.compound() if draw < 0.09 else self.name_and_home() if draw < 0.105 else self.home_with_somebody()
         kind = self.draw_kind()
         key = self.keys.draw(kind.keys)
         found = self.find(kind, key)
@@ -203,19 +207,31 @@ class Facts:
         owned = template in kind.owned
         mention = Mention("my " + key.noun, "your " + key.noun) if owned else self.mention(key)
         mention = self.or_pronoun(kind, mention, key, template)
+        if template in p.HAS:
+            mention = Mention(key.owner, self.plain(key))
+        count = self.counted(key, value) if "{c}" in template else ""
         self.remember(kind, key, value)
         self.look_at(kind, key)
         if rng.random() < 0.22:
             template = f"{rng.choice(p.TELL_OPENERS)} {template}"
         if rng.random() < 0.08:
             template = f"{template} {rng.choice(p.TELL_CLOSERS)}".replace(" ,", ",")
-        user = self.typed(template, rng.choice("...!"), k=mention.said, n=key.noun, v=value)
+        user = self.typed(template, rng.choice("...!"), k=mention.said, n=key.noun, v=value, c=count, a=mention.said)
         return Part(user, self.acknowledge(kind, mention.reply, value), "tell " + kind.name)
+
+    def counted(self, key: Key, names: str) -> str:
+        """How many names there are, which "I have two cats, Ada and Bo" tells as well."""
+        several = names.count(",") + 2
+        count = self.rng.choice((str(several), {2: "two", 3: "three"}[several]))
+        self.remember(KIND["count of"], Key(noun=key.noun, bare=True), count)
+        return count
 
     def tell_template(self, kind: p.Kind, key: Key) -> str:
         draw = self.rng.random()
         if kind.owned and not key.owner and draw < 0.4:
             return self.rng.choice(kind.owned)
+        if kind.name == "named" and key.owner and draw < 0.3:
+            return self.rng.choice(p.HAS)
         if kind.bare and key.noun in PERSONS and draw > 0.75:
             return self.rng.choice(kind.bare)
         return self.rng.choice(kind.tells)
@@ -254,6 +270,19 @@ class Facts:
         return Part(
             user, f"{self.acknowledge(KIND['name'], '', name)} Got it, you live in {home}.", "tell name and home"
         )
+
+    def home_with_somebody(self) -> Part:
+        """ "I live in Graz with my sister Elena"."""
+        key, named = Key(noun=self.rng.choice(p.RELATIONS)), KIND["named"]
+        known = self.find(named, key)
+        if known is not None:
+            return self.ask(known)
+        home, name = self.words.value("city"), self.value_for(named, key)
+        self.remember(KIND["home"], Key(), home)
+        self.remember(named, key, name)
+        self.last_told = None
+        user = self.typed(self.rng.choice(p.WITH_SOMEBODY), n=key.noun, v=name, c=home)
+        return Part(user, f"Got it, you live in {home}. Got it, your {key.noun}'s name is {name}.", "tell home and name")
 
     def announce(self) -> Part:
         """ "I have a dog", which makes the model ask for its name."""
@@ -303,6 +332,8 @@ class Facts:
         """The user's correction of one fact, and its acknowledgement."""
         rng, kind = self.rng, fact.kind
         value, old = self.value_for(kind, fact.key), fact.value
+        if kind.name != "named" and old.isalpha() and rng.random() < 0.06:
+            value = old + self.words.made_up()[:3]
         template = rng.choice(templates or kind.changes)
         if not templates and rng.random() < 0.5:
             template = f"{rng.choice(p.CHANGE_OPENERS)} {rng.choice(kind.tells)}"
@@ -331,8 +362,10 @@ class Facts:
             told = self.known()
             if not told:
                 return self.ask_unknown()
-            fact = self.rng.choices(told, [1.0 / (1 + 3 * f.asked) for f in told])[0]
+            now = len(self.messages)
+            fact = self.rng.choices(told, [(10 + now - f.spoken_of) / (1 + 3 * f.asked) for f in told])[0]
         fact.asked += 1
+        fact.spoken_of = len(self.messages)
         user, mention = self.question(fact.kind, fact.key)
         return Part(user, sentence(self.answer(fact, mention)), "ask " + fact.kind.name)
 

@@ -29,7 +29,12 @@ class Key:
     @property
     def takes_the(self) -> bool:
         """Whether people say "the keys" as well as "my keys"."""
-        return self.noun in THE_NOUNS or " of " in self.noun or " for " in self.noun
+        return self.noun in THE_NOUNS
+
+    @property
+    def is_the(self) -> bool:
+        """Whether it can only be "the": the capital of Zorbia, the code for the door."""
+        return not self.bare and (" of " in self.noun or " for " in self.noun)
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,14 @@ class Keys:
             "named": self._named,
             "several": lambda: Key(noun=rng.choice(p.SEVERAL)),
             "counted": lambda: Key(noun=self._noun(p.COUNTED), bare=True),
+            "favourites": lambda: Key(self._owner(0.15), rng.choice(p.FAVOURITES_MANY)),
+            "state": lambda: Key(noun=rng.choice(p.STATES), bare=True),
             "verb": lambda: Key(noun=rng.choice(p.VERBS), bare=True),
             "attribute": self._attribute,
             "person": lambda: Key(owner=self.person()),
             "object": lambda: Key(noun=self._noun(p.OBJECTS)),
             "objects": lambda: Key(noun=rng.choice(p.OBJECTS_MANY)),
-            "coloured": lambda: Key(self._owner(0.15), self._noun(p.COLOURED)),
+            "coloured": self._coloured,
             "event": lambda: Key(self._owner(0.2), self._noun(p.EVENTS)),
         }
 
@@ -89,6 +96,11 @@ class Keys:
         noun = self.rng.choice(real)
         return f"{self.rng.choice(p.ADJECTIVES)} {noun}" if draw > 0.92 else noun
 
+    def _coloured(self) -> Key:
+        if self.rng.random() < 0.12:
+            return Key(owner=self.person())
+        return Key(self._owner(0.15), self._noun(p.COLOURED))
+
     def _named(self) -> Key:
         draw = self.rng.random()
         if draw < 0.5:
@@ -105,7 +117,9 @@ class Keys:
             return Key(self._owner(0.15), pick(list(p.CODES)))
         if draw < 0.83:
             return Key(self._owner(0.15), pick(list(p.TEXTS)))
-        if draw < 0.89:
+        if draw < 0.86:
+            return Key(noun=f"{pick(p.OF_NOUNS)} of {self.words.value('city')}")
+        if draw < 0.90:
             return Key(noun=f"{pick(p.SECRETS)} {pick(('of', 'for'))} {pick(('the', 'my'))} {self._noun(p.OBJECTS)}")
         return Key(self._owner(0.15), self.words.made_up() if draw < 0.96 else pick(p.FILLER_WORDS))
 
@@ -116,6 +130,6 @@ def value_type(kind: p.Kind, key: Key) -> str:
         return kind.values
     if key.noun.startswith("favourite "):
         return p.FAVOURITES[key.noun.removeprefix("favourite ")]
-    if key.noun.split()[0] in p.SECRETS and (" of " in key.noun or " for " in key.noun):
-        return "name" if key.noun.startswith("name") else "code"
+    if key.is_the:
+        return "code" if key.noun.split()[0] in p.SECRETS else "word"
     return p.CODES.get(key.noun) or p.TEXTS.get(key.noun, "word")

@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from functools import cache
 
 
+SMALL_WORDS = frozenset(("is", "are", "do", "does", "did", "the", "a", "of", "can", "to"))
+
+
 @dataclass(frozen=True)
 class Style:
     """How one user types."""
 
     casual: float
     american: bool
+    short: bool
     typos: float
 
     @classmethod
     def draw(cls, rng: random.Random) -> "Style":
         casual = rng.choice((0.0, 0.2, 0.6, 1.0))
-        return cls(casual, rng.random() < 0.4, rng.choice((0.0, 0.1, 0.3)) if casual else 0.0)
+        slips = rng.choice((0.0, 0.06, 0.2)) if casual else 0.0
+        return cls(casual, rng.random() < 0.4, rng.random() < casual * 0.3, slips)
 
     def typed(self, rng: random.Random, template: str, mark: str, slots: dict[str, str]) -> str:
         """The template as this user types it, slots filled; values are never changed here."""
@@ -30,11 +35,14 @@ class Style:
                 slots = slots | {"k": capitalised(slots["k"])}
         for slot, value in slots.items():
             text = text.replace(f"{{{slot}}}", value)
+        text = text.replace("favourite", "fav") if self.short else text
         return american(text) if self.american else text
 
     def _casual(self, rng: random.Random, template: str) -> str:
         text = informal(template) if rng.random() < 0.5 else template
-        return with_slip(rng, text) if rng.random() < self.typos else text
+        if rng.random() < self.typos:
+            return with_slip(rng, text) if rng.random() < 0.6 else without_a_word(rng, text)
+        return text
 
 
 @cache
@@ -70,9 +78,18 @@ def with_slip(rng: random.Random, text: str) -> str:
     return text[:i] + text[i + 1] + text[i] * (rng.random() < 0.5) + text[i + 2 :]
 
 
+def without_a_word(rng: random.Random, text: str) -> str:
+    """One small word left out, as in "what my name"."""
+    words = text.split(" ")
+    spots = [i for i, word in enumerate(words) if word in SMALL_WORDS and len(words) > 3]
+    if spots:
+        del words[rng.choice(spots)]
+    return " ".join(words)
+
+
 def replied(said: str) -> str:
     """What the user said of their own, as the reply says it."""
-    return re.sub(r"\bmy ", "your ", said)
+    return re.sub(r"\b(?:my|our) ", "your ", said)
 
 
 def sentence(clause: str) -> str:

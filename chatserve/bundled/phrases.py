@@ -65,9 +65,10 @@ CODES: dict[str, str] = {
     "bus number": "number", "postcode": "code", "licence plate": "code", "wifi password": "code", "zip code": "number",
     "house number": "number", "order number": "number", "ticket number": "code", "safe code": "number", "code": "number",
     "serial number": "code", "seat number": "code", "access code": "number", "booking code": "code", "bike lock code": "number",
-    "membership number": "number", "password": "word", "secret word": "word", "code word": "word", "wifi name": "word",
-    "table number": "small", "lucky number": "number", "shoe size": "small", "height": "number", "weight": "number",
-    "extension": "number", "project number": "code", "case number": "code", "budget": "number", "score": "number",
+    "membership number": "number", "password": "word", "secret word": "word", "code word": "word", "wifi name": "word", "locker code": "code", "phone": "number", "safe combination": "code",
+    "price": "measure", "rent": "measure", "salary": "measure", "size": "measure",
+    "table number": "small", "lucky number": "number", "shoe size": "small", "height": "measure", "weight": "measure",
+    "extension": "number", "project number": "code", "case number": "code", "budget": "measure", "score": "number",
 }  # fmt: skip
 TEXTS: dict[str, str] = {
     "hobby": "hobby", "school": "word", "nickname": "word", "middle name": "name", "surname": "name",
@@ -75,12 +76,24 @@ TEXTS: dict[str, str] = {
     "username": "word", "home town": "city", "hometown": "city", "language": "word", "native language": "word",
     "instrument": "word", "star sign": "word", "first name": "name", "car model": "word", "operating system": "word", "laptop model": "word",
     "project": "title", "company": "word", "airline": "word", "next stop": "city", "destination": "city",
-    "main dish": "food", "religion": "word", "major": "hobby", "email": "word", "club": "word", "course": "word",
+    "main dish": "food", "religion": "word", "major": "hobby", "email": "email", "email address": "email", "website": "url", "twitter": "word", "gym": "word", "wifi": "word", "club": "word", "course": "word",
     "country": "city", "station": "word", "brand": "word", "plan": "word", "goal": "word", "dream": "food",
 }  # fmt: skip
 SEVERAL = rows(
     "cats | dogs | sisters | brothers | kids | children | daughters | sons | friends | parents | parrots | rabbits | horses | fish | hamsters | cousins | chickens"
 )
+FAVOURITES_MANY = rows("""
+    favourite foods | favourite colours | favourite animals | favourite books | hobbies | languages | favourite games | favourite drinks
+    favourite films | favourite sports | favourite numbers | favourite songs | interests | favourite cities | subjects
+""")
+STATES = rows("""
+    allergic to | afraid of | interested in | good at | bad at | married to | scared of | tired of | looking for | proud of | a fan of
+    engaged to | related to | working on | waiting for
+""")
+OF_NOUNS = rows("""
+    capital | king | queen | president | colour | price | leader | language | owner | captain | size | author | currency | mayor | river | symbol
+    height | code | director
+""")
 COUNTED = (
     *SEVERAL,
     *rows(
@@ -123,7 +136,8 @@ KINDS: tuple[Kind, ...] = (
         asks=rows("""
             what is my name | what's my name | who am i | what am i called | say my name | my name | what was my name
             what do people call me | which name did i tell you | how am i called | what did i say my name was
-            do you know who i am | do you remember me | do you know me
+            do you know who i am | do you remember me | do you know me | i wonder if you recall my name | how do i call myself
+            by what name do you know me | my name is what | i am called what | any idea what my name is | guess my name
         """),
         indirect=rows("my name | what my name is | what i am called | who i am"),
         checks=rows("is my name {v} | am i {v} | am i called {v}"),
@@ -142,7 +156,9 @@ KINDS: tuple[Kind, ...] = (
         asks=rows("""
             what is {k} called | what is {k}'s name | what's {k}'s name | what is the name of {k} | who is {k} | who's {k}
             how is {k} called | what did i call {k} | what was {k}'s name | {k}'s name | what do we call {k}
-            what was {k} called | what's the name of {k} | what's {k} called | what name does {k} have
+            what was {k} called | what's the name of {k} | what's {k} called | what name does {k} have | {k} is called what
+            could you say how {k} is named | i want {k}'s name from you | give the name of {k} | {k}'s name is what | any idea what {k} is called
+            which name does {k} have | the name of {k}
         """),
         indirect=rows("{k}'s name | what {k} is called | the name of {k} | what {k}'s name is | who {k} is"),
         checks=rows("is {k} called {v} | is {k}'s name {v} | is {v} the name of {k}"),
@@ -156,6 +172,7 @@ KINDS: tuple[Kind, ...] = (
         owned=rows("""
             i have a {n} called {v} | i have a {n} named {v} | i've got a {n} called {v} | i got a {n}, its name is {v}
             i have a {n}, her name is {v} | i have a {n}, his name is {v} | i own a {n} called {v} | i have a {n} and her name is {v}
+            we have a {n} called {v} | we have a {n}. its name is {v} | i have a {n}. his name is {v} | i have a {n}. her name is {v} | i have a {n} whose name is {v}
             there is also my {n} {v} | i have a {n}, {v} | meet my {n} {v}
         """),
     ),
@@ -167,7 +184,9 @@ KINDS: tuple[Kind, ...] = (
         """),
         asks=rows("""
             what is {k} | what is {k} | what's {k} | what's {k} | {k} | what was {k} | what did i say {k} was | give me {k}
-            which one is {k} | what is {k} again | say {k} | do i have {k} | what did i tell you about {k} | what would be {k}
+            which one is {k} | what is {k} again | say {k} | what did i tell you about {k} | what would be {k} | {k} is what
+            any idea what {k} might be | what have i given as {k} | i asked you to keep {k}, what is it | {k}, what was it
+            could you give me {k} | i need {k} | {k} please | show me {k} | look up {k} | what do you have for {k}
         """),
         indirect=rows("{k} | what {k} is | what {k} was"),
         checks=rows("is {k} {v} | is {v} {k} | would {k} be {v}"),
@@ -203,11 +222,12 @@ KINDS: tuple[Kind, ...] = (
         "home", "none", "city",
         tells=rows("""
             i live in {v} | my home is in {v} | i come from {v} | i'm from {v} | i am from {v} | i am living in {v}
-            home for me is {v} | my house is in {v} | i'm based in {v} | i reside in {v} | i live in the city of {v}
+            home for me is {v} | we live in {v} | i live over in {v} | my house is in {v} | i'm based in {v} | i reside in {v} | i live in the city of {v}
         """),
         asks=rows("""
             where do i live | which city do i live in | what city do i live in | where am i from | where is my home
-            where do i come from | where am i living | where's my home | what town do i live in | where am i based
+            where do i come from | where am i living | where's my home | what town do i live in | where am i based | i live where
+            in which place do i live | what is the town where i live | where do we live | what is my city | which town am i from | my city
         """),
         indirect=rows("where i live | which city i live in | where my home is | where i am from"),
         checks=rows("do i live in {v} | am i from {v} | is my home in {v}"),
@@ -219,7 +239,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "home of", "person", "city",
         tells=rows("{k} lives in {v} | {k} is from {v} | {k} comes from {v} | {k}'s home is in {v} | {k} is living in {v}"),
-        asks=rows("where does {k} live | where is {k} from | which city does {k} live in | where does {k} come from | where is {k}'s home"),
+        asks=rows("where does {k} live | where is {k} from | which city does {k} live in | where does {k} come from | where is {k}'s home | {k} lives where | in which town does {k} live | what is the home of {k} | what city is {k} in"),
         indirect=rows("where {k} lives | which city {k} lives in | where {k} is from"),
         checks=rows("does {k} live in {v} | is {k} from {v}"),
         clause="{r} lives in {w}", now="{r} now lives in {w}", lacking="where {r} lives", weight=2.0,
@@ -232,17 +252,17 @@ KINDS: tuple[Kind, ...] = (
         asks=rows("what is my job | what's my job | what do i do for a living | what do i work as | what do i do | my job"),
         indirect=rows("what my job is | my job | what i work as | what i do for a living"),
         checks=rows("do i work as {v} | am i {v}"),
-        clause="you work as {w}", now="you now work as {w}", lacking="your job",
+        clause="you are {w}", now="you are now {w}", lacking="your job",
         by_system=rows("the user works as {v}"),
         changes=rows("i now work as {v} | i became {v} | i work as {v} now"),
     ),
     Kind(
         "job of", "person", "job",
         tells=rows("{k} works as {v} | {k} is {v} | {k} is {v} by trade | {k} earns a living as {v}"),
-        asks=rows("what is {k}'s job | what's {k}'s job | what does {k} do for a living | what does {k} work as | what does {k} do"),
+        asks=rows("what is {k}'s job | what's {k}'s job | what does {k} do for a living | what does {k} work as | what does {k} do | what is {k} by trade"),
         indirect=rows("what {k}'s job is | {k}'s job | what {k} works as"),
         checks=rows("does {k} work as {v} | is {k} {v}"),
-        clause="{r} works as {w}", now="{r} now works as {w}", lacking="{r}'s job",
+        clause="{r} is {w}", now="{r} is now {w}", lacking="{r}'s job",
         by_system=rows("{k} works as {v}"),
         changes=rows("{k} now works as {v} | {k} became {v}"),
     ),
@@ -260,11 +280,12 @@ KINDS: tuple[Kind, ...] = (
         "place", "object", "place",
         tells=rows("""
             {k} is {v} | {k} is {v} | i put {k} {v} | i left {k} {v} | you can find {k} {v} | {k} lies {v} | i keep {k} {v}
-            {k} can be found {v} | i have hidden {k} {v} | we keep {k} {v} | i placed {k} {v} | {k} was {v}
+            {k} can be found {v} | i have hidden {k} {v} | we keep {k} {v} | i placed {k} {v} | {k} was {v} | i parked {k} {v} | i forgot {k} {v}
         """),
         asks=rows("""
             where is {k} | where is {k} | where's {k} | where did i put {k} | where can i find {k} | where did i leave {k}
-            where do i keep {k} | where can {k} be found | where was {k} | i can't find {k} | where did i hide {k}
+            where do i keep {k} | where can {k} be found | where was {k} | i can't find {k} | where did i hide {k} | {k} is where
+            in what place is {k} | where would i look for {k} | what is the place of {k} | have you seen {k} | i am looking for {k} | where could {k} be
         """),
         indirect=rows("where {k} is | where i put {k} | where i left {k} | where to find {k} | where {k} was"),
         checks=rows("is {k} {v} | did i put {k} {v}"),
@@ -280,7 +301,8 @@ KINDS: tuple[Kind, ...] = (
         """),
         asks=rows("""
             where are {k} | where are {k} | where did i put {k} | where can i find {k} | where did i leave {k}
-            where do i keep {k} | where can {k} be found | where were {k} | i can't find {k} | where did i hide {k}
+            where do i keep {k} | where can {k} be found | where were {k} | i can't find {k} | where did i hide {k} | {k} are where
+            in what place are {k} | where would i look for {k} | what is the place of {k} | have you seen {k} | i am looking for {k} | where could {k} be
         """),
         indirect=rows("where {k} are | where i put {k} | where i left {k} | where to find {k} | where {k} were"),
         checks=rows("are {k} {v} | did i put {k} {v}"),
@@ -291,7 +313,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "colour of", "coloured", "colour",
         tells=rows("{k} is {v} | i painted {k} {v} | the colour of {k} is {v} | {k} has the colour {v} | {k} is all {v}"),
-        asks=rows("what colour is {k} | which colour is {k} | what is the colour of {k} | what colour does {k} have | what's the colour of {k}"),
+        asks=rows("what colour is {k} | which colour is {k} | what is the colour of {k} | what colour does {k} have | what's the colour of {k} | in what colour is {k} | {k} is of what colour | {k} is what colour"),
         indirect=rows("what colour {k} is | the colour of {k}"),
         checks=rows("is {k} {v} | is the colour of {k} {v}"),
         clause="{r} is {w}", now="{r} is now {w}", lacking="what colour {r} is", weight=1.2,
@@ -332,10 +354,33 @@ KINDS: tuple[Kind, ...] = (
         by_system=rows("{k} are called {v}"),
         changes=rows("{k} are now called {v} | i renamed {k} to {v}"),
         owned=rows("""
-            i have two {n}, {v} | i have {n} called {v} | i have some {n}, {v} | i have {n} named {v} | i've got {n}, {v} | i have two {n} called {v}
-            i have two {n}: {v} | i have {n}, their names are {v}
+            i have {c} {n}, {v} | i have {n} called {v} | i have some {n}, {v} | i have {n} named {v} | i've got {c} {n}, {v} | i have {c} {n} called {v}
+            i have {c} {n}: {v} | i have {n}, their names are {v} | i have {c} {n}, {v} | i got {c} {n}, {v} | we have {c} {n}, {v} | i have {c} {n} called {v}
+            i have {c} {n}: {v} | i have {c} {n} named {v}
         """),
         supply=rows("{v} | they are called {v} | they're called {v} | their names are {v}"),
+    ),
+    Kind(
+        "attributes", "favourites", "several",
+        tells=rows("{k} are {v} | {k} are {v} | {v} are {k} | {k}: {v} | i'd say {k} are {v} | i think {k} are {v}"),
+        asks=rows("what are {k} | what are {k} | which are {k} | {k} | what were {k} | what did i say {k} were | {k} are what | give me {k}"),
+        indirect=rows("{k} | what {k} are | what {k} were"),
+        checks=rows("are {k} {v}"),
+        clause="{r} are {w}", now="{r} are now {w}", lacking="{r}", weight=1.2,
+        by_system=rows("{k} are {v}"),
+        changes=rows("{k} are now {v} | i changed {k} to {v}"),
+        supply=rows("{v} | they are {v} | they're {v}"),
+    ),
+    Kind(
+        "am", "state", "word",
+        tells=rows("i am {k} {v} | i'm {k} {v} | i am {k} {v} | i am really {k} {v} | i'm {k} {v}, you know"),
+        asks=rows("what am i {k} | what am i {k} | what did i say i am {k} | {k} what am i | i am {k} what"),
+        indirect=rows("what i am {k} | what i'm {k}"),
+        checks=rows("am i {k} {v}"),
+        clause="you are {r} {w}", now="you are now {r} {w}", lacking="what you are {r}", weight=1.0,
+        by_system=rows("the user is {k} {v}"),
+        changes=rows("i am now {k} {v} | i am {k} {v} now"),
+        supply=rows("{v} | i am {k} {v}"),
     ),
     Kind(
         "count of", "counted", "count",
@@ -366,12 +411,19 @@ COMPOUNDS: tuple[tuple[str, str, str], ...] = (
     ("home of", "is from {w}", "lives in {w}"),
     ("age of", "is {w} years old", "is {w} years old"),
     ("age of", "is {w}", "is {w} years old"),
-    ("job of", "works as {w}", "works as {w}"),
-    ("job of", "is {w}", "works as {w}"),
+    ("job of", "works as {w}", "is {w}"),
+    ("job of", "is {w}", "is {w}"),
     ("likes of", "likes {w}", "likes {w}"),
     ("likes of", "loves {w}", "likes {w}"),
 )
+HAS = rows("""
+    {a} has a {n} called {v} | {a} has a {n} named {v} | {a} got a {n} called {v} | {a} has a {n}, {v} | {a} has a {n} and its name is {v}
+""")
+WITH_SOMEBODY = rows("""
+    i live in {c} with my {n} {v} | my {n} {v} and i live in {c} | i live with my {n} {v} in {c} | we live in {c}, my {n} {v} and i
+""")
 COMPOUND_TELLS = rows("""
+    i have a {n}, {v}, who {c} | we have a {n} called {v} who {c} | {k} is called {v}, who {c} | i have a {n} named {v} who {c} | {k}, called {v}, {c}
     {k} {v} {c} | {k}, {v}, {c} | {k} is called {v} and {e} {c} | {k}'s name is {v} and {e} {c} | i have a {n} called {v}, {e} {c}
     {k} is {v} and {e} {c} | {k} {v} {c} | i have a {n} called {v} and {e} {c} | {v} is {k}, {e} {c} | {k} is named {v} and {e} {c}
 """)
@@ -431,7 +483,7 @@ MEANT = rows("""
 USER_LISTS = ("shopping list", "to-do list")
 LIST_ADD = rows("""
     add {v} to my {l} | put {v} on my {l} | please add {v} to my {l} | add {v} to the {l} | can you add {v} to my {l} | put {v} on the {l}
-    {v} should go on my {l} | i need {v} on my {l} | my {l} needs {v} | also add {v} to my {l}
+    {v} should go on my {l} | i need {v} on my {l} | my {l} needs {v} | also add {v} to my {l} | add "{v}" to my {l} | i need to put {v} on my {l}
 """)
 LIST_ADD_SHORT = rows("add {v} | also {v} | also add {v} | and add {v} | please add {v} | put {v} on it | add {v} too")
 LIST_SHOW = rows("""
@@ -440,10 +492,11 @@ LIST_SHOW = rows("""
 """)
 LIST_REMOVE = rows("""
     remove {v} from my {l} | take {v} off my {l} | delete {v} from my {l} | cross {v} off my {l} | remove {v} from the {l}
-    please remove {v} from my {l} | i don't need {v} on my {l} anymore
+    please remove {v} from my {l} | i don't need {v} on my {l} anymore | mark {v} as done | {v} is done | mark {v} as done on my {l}
+    i already have {v}, take it off my {l}
 """)
 LIST_CLEAR = rows(
-    "clear my {l} | empty my {l} | delete my {l} | clear the {l} | start a new {l} | forget my {l} | remove everything from my {l}"
+    "clear my {l} | empty my {l} | delete my {l} | clear the {l} | start a new {l} | forget my {l} | make a {l} | create a {l} | make me a {l} | i need a {l} | remove everything from my {l}"
 )
 LIKE_TELL = rows(
     "i like {v} | i love {v} | i really like {v} | i also like {v} | i enjoy {v} | i am fond of {v} | {v} is something i like | i like {v} a lot"
@@ -458,9 +511,10 @@ NOTE_ASK = rows("""
     what did i ask you to remember | what was the note | read me the note | what is the note | what did i want you to remember | my note
     tell me the note | what did you note down | what note did i give you | repeat the note
 """)
-ECHO = rows(
-    "repeat after me: {v} | say: {v} | repeat: {v} | please say: {v} | please repeat: {v} | say this: {v} | echo: {v} | repeat this: {v} | say {v} | repeat {v}"
-)
+ECHO = rows("""
+    repeat after me: {v} | say: {v} | repeat: {v} | please say: {v} | please repeat: {v} | say this: {v} | echo: {v} | repeat this: {v}
+    say {v} | repeat {v} | say "{v}" | repeat "{v}"
+""")
 CALL_YOU = rows(
     "i will call you {v} | your name is {v} | i'll call you {v} | i name you {v} | can i call you {v} | let me call you {v} | from now on you are {v} | your name is now {v} | you are {v}"
 )
@@ -484,6 +538,10 @@ COUNT = rows("""
 COUNT_TO = rows(
     "count to {b} | please count to {b} | can you count to {b} | count up to {b} | count until {b} | count till {b}"
 )
+NUMBER_WORDS = {
+    "three": 3, "five": 5, "ten": 10, "twelve": 12, "fifteen": 15, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50,
+    "a hundred": 100, "one hundred": 100,
+}  # fmt: skip
 COUNT_DOWN = rows("count down from {b} to {a} | count from {b} down to {a} | count backwards from {b} to {a}")
 COUNT_DOWN_FROM = rows("count down from {b} | countdown from {b} | count backwards from {b} | do a countdown from {b}")
 HIGHEST_COUNT = 200
@@ -571,7 +629,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
         what can i do here | i need help | how do i use you | what do you want to know | what now | what are your skills | give me an example | can i ask you something | let's talk | what shall we talk about"""),
      "Tell me facts, such as names, colours, numbers or where things are, and ask me later. I also keep lists, count, recite the alphabet and tell stories."),
     (rows("""are you human | are you a robot | are you real | are you an ai | what are you | are you a person | are you a bot | are you alive | are you a computer | are you chatgpt | are you a machine | what model are you
-        are you a language model | what kind of model are you | are you intelligent"""),
+        tell me about yourself | introduce yourself | describe yourself | say something about yourself | who or what are you | are you a language model | what kind of model are you | are you intelligent"""),
      "I am a very small language model that comes with chatserve. I remember what you tell me in this chat."),
     (rows("""who made you | who created you | who built you | where do you come from | who trained you | who is your creator | how were you made | where are you from | who programmed you | who are your parents"""),
      "I come with chatserve. A script trained me on made-up conversations."),
@@ -586,7 +644,9 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (rows("""i am bored | i'm bored | talk to me | say something | tell me something | entertain me | let's play a game | tell me something interesting | i don't know what to say | do something | can we play"""),
      "I can tell you a story or a joke. Or tell me something about yourself."),
     (rows("""do you remember what i said | do you have a memory | will you remember this | can you remember things | will you forget me | how long do you remember | do you forget | is your memory good | can you keep a secret
-        how good is your memory | do you remember everything | can you remember"""),
+        how good is your memory | do you remember everything | can you remember | can you remember things for me
+        can you remember something for me | i want you to remember something | please remember something for me | can you remember things
+        will you remember what i say | can you memorise things"""),
      "Yes, I remember what you tell me in this chat."),
     (rows("""what is chatserve | tell me about chatserve | what's chatserve | what is this | what is this server | where am i chatting | how does chatserve work | what is a kv cache | what is this site"""),
      "chatserve is a server for long conversations: it keeps what the model has read, so each turn costs only its new words."),
@@ -595,12 +655,12 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 )  # fmt: skip
 
 UNKNOWN_QUESTIONS = rows("""
-    what is the capital of {x} | who is the president of {x} | how far is it to {x} | why is the sky blue | what is {d} plus {d} | what is {d} times {d} | how many people live in {x}
+    who is the president of {x} | how far is it to {x} | why is the sky blue | what is {d} plus {d} | what is {d} times {d} | how many people live in {x}
     what do you think about {x} | do you like {x} | how do i cook {x} | who invented the {x} | when did {x} end | why do {x} sleep | what is the meaning of life | who won the {x}
     is {x} better than {x} | can you explain {x} | what does {x} mean | how tall is the {x} tower | how does a {x} work | what is the best {x} | where can i buy {x} | how much is {d} + {d}
     do you believe in {x} | what is love | why | how | how come | what should i eat today | should i buy a {x} | have you heard of {x} | what happened in {d} | what is a {x} | how do you make {x}
     which is bigger, {x} or {x} | is it true that {x} can {x} | when will {x} come | what's {d} + {d} | {d} + {d} | who was the first {x} | how long does it take to {x} | can {x} fly | what is the square root of {d}
-    what is the population of {x} | how many {x} are there | what colour are {x} | do {x} have {x} | what if {x} had {x} | how can i learn {x} | what language do they speak in {x} | why are {x} so {x} | what is pi | who are they
+    how many {x} are there | what colour are {x} | do {x} have {x} | what if {x} had {x} | how can i learn {x} | what language do they speak in {x} | why are {x} so {x} | what is pi | who are they
     do you speak {x} | what does a {x} eat | is there life on mars | what is the fastest {x} | what's the news | who wrote {x} | what is the difference between {x} and {x} | what is quantum {x} | are {x} dangerous
 """)
 UNKNOWN_ANSWER = "I do not know that. I only know what you tell me."
@@ -650,6 +710,6 @@ def all_texts() -> list[str]:
     """Every template of the tables above, for their words."""
     kinds = [text for kind in KINDS for text in (*kind.tells, *kind.asks, *kind.owned)]
     talk = [text for texts, reply in SMALL_TALK for text in (*texts, reply)]
-    nouns = [*RELATIONS, *PETS, *FAVOURITES, *CODES, *TEXTS, *OBJECTS, *OBJECTS_MANY, *EVENTS, *COLOURED, *SEVERAL, *COUNTED]
+    nouns = [*RELATIONS, *PETS, *FAVOURITES, *CODES, *TEXTS, *OBJECTS, *OBJECTS_MANY, *EVENTS, *COLOURED, *SEVERAL, *COUNTED, *OF_NOUNS]
     other = [*STORIES, *JOKES, *FILLER, *FILLER_WORDS, *UNKNOWN_QUESTIONS, *UNKNOWN_REQUESTS, *UNKNOWN_STATEMENTS]
     return [*kinds, *talk, *nouns, *other, *SUMMARY, *STORY, *GREETINGS, *GOODBYES]

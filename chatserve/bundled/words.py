@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 HELD_OUT_SHARE = 8
 COMMON_SHARE = 0.25
+ENDINGS = ("com", "org", "net", "de", "io")
 COUNTS = "one two three four five six seven eight nine ten eleven twelve no twenty many several".split()
 
 COLOURS = """red blue green yellow orange purple pink brown black white grey teal turquoise violet crimson amber beige
@@ -84,6 +85,10 @@ class Words:
             "when": self._when,
             "age": lambda: str(self.rng.randint(1, 99)),
             "small": lambda: self.number(1, 2),
+            "several": self._several,
+            "measure": self._measure,
+            "email": lambda: f"{self._handle()}@{self._handle()}.{self.rng.choice(ENDINGS)}",
+            "url": lambda: f"{self.rng.choice(('https://', 'www.', ''))}{self._handle()}.{self.rng.choice(ENDINGS)}",
             "count": lambda: self.rng.choice(COUNTS) if self.rng.random() < 0.5 else self.number(1, 3),
             "names": self._names,
             "number": lambda: self.number(1, 8),
@@ -209,9 +214,26 @@ class Words:
         other = f"on {self.rng.randint(1, 31)} {pick(MONTHS)}", f"on {self.number(1, 2)}.{self.number(1, 2)}.{self.number(4, 4)}"
         return pick((hour, day, date, *other, "tomorrow", "next week", f"in {pick(MONTHS)}", f"in {self.number(4, 4)}"))
 
+    def _several(self) -> str:
+        items = [self.rng.choice((self.lower, self.lower, self.any_word))() for _ in range(self.rng.choice((2, 2, 3)))]
+        return ", ".join(items[:-1]) + " and " + items[-1]
+
+    def _measure(self) -> str:
+        pick = self.rng.choice
+        unit = pick((" cm", " kg", " euros", " dollars", " metres", "%", " pounds", "", "k", " miles"))
+        return f"{pick(('', '', '', '$'))}{self.number(1, 6)}{pick(('', '', '.' + self.number(1, 2)))}{unit}"
+
+    def _handle(self) -> str:
+        """The kind of word that addresses are made of."""
+        second = self.rng.choice(("", "", ".", "-", "_"))
+        return self.made_up() + (second + self.made_up() if second else self.rng.choice(("", "", self.number(1, 3))))
+
     def _code(self) -> str:
-        if self.rng.random() < 0.5:
+        draw = self.rng.random()
+        if draw < 0.5:
             return self.number(3, 8)
+        if draw < 0.65:
+            return self.rng.choice("-/. ").join(self.number(3, 4) for _ in range(self.rng.randint(2, 3)))
         dash = self.rng.choice(("", "", "-"))
         return self._on_this_side(lambda: self._letters()[:4].upper() + dash + self._digits(self.rng.randint(2, 4)))
 

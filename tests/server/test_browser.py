@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
@@ -38,15 +38,23 @@ async def served() -> AsyncIterator[Served]:
         yield served
 
 
-async def open_page(browser: Browser, url: str, **options: object) -> Page:
-    """The page, with every error in its console failing the test at its end."""
-    page = await browser.new_page(**options)
-    # Playwright gives every such page a context of its own: no test sees another's storage.
-    page.set_default_timeout(5000)
-    page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    await page.goto(url)
-    return page
+@pytest_asyncio.fixture(loop_scope="module")
+async def open_page(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]]]:
+    """Opens the page at a URL, each time with a storage of its own; an error in its scripts fails the test."""
+    pages, problems = [], []
+
+    async def open_page(url: str, **options: object) -> Page:
+        page = await browser.new_page(**options)
+        pages.append(page)
+        page.set_default_timeout(5000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        await page.goto(url)
+        return page
+
+    yield open_page
+    for page in pages:
+        await page.close()
+    assert problems == []
 
 
 async def say(page: Page, text: str) -> None:
@@ -54,9 +62,9 @@ async def say(page: Page, text: str) -> None:
     await page.keyboard.press("Enter")
 
 
-async def test_conversation(served, browser):
+async def test_conversation(served, open_page):
     """A message makes a session, its reply streams in with what it cost, and a reload finds it again."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, "my dog is Zorp")
     await expect(page.locator("article.user p")).to_have_text("my dog is Zorp")
     await expect(page.locator("article.assistant p")).to_have_text("my dog is Zorp")
@@ -67,13 +75,12 @@ async def test_conversation(served, browser):
     assert page.url.endswith("#sess_1")
     await say(page, "and now?")
     await expect(page.locator("article")).to_have_count(4)
-    assert page.problems == []
 
 
-async def test_text_stays_text(served, browser):
+async def test_text_stays_text(served, open_page):
     """HTML in a message, a reply or a title is shown as it was written."""
     evil = "<img src=x onerror=document.title='owned'><b>x</b>"
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, evil)
     await expect(page.locator("article.assistant p")).to_have_text(evil)
     await expect(page.locator("#sessions button")).to_contain_text("<img src=x")
@@ -81,9 +88,9 @@ async def test_text_stays_text(served, browser):
     assert "owned" not in re.sub(r"<.*", "", await page.title())
 
 
-async def test_stop(served, browser):
+async def test_stop(served, open_page):
     """While a reply runs there is Stop in place of Send; it ends the reply and keeps what was said."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, "wait")
     await expect(page.locator("article.assistant p")).to_have_text("wait ")
     await expect(page.get_by_role("button", name="Send")).to_be_hidden()
@@ -92,9 +99,9 @@ async def test_stop(served, browser):
     await expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
-async def test_sessions(served, browser):
+async def test_sessions(served, open_page):
     """Create, rename, switch and delete sessions; one made elsewhere appears by itself."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, "first")
     await expect(page.locator("article")).to_have_count(2)
     await page.get_by_role("button", name="New session").first.click()
@@ -115,9 +122,9 @@ async def test_sessions(served, browser):
     assert len(served.sessions.views) == 2
 
 
-async def test_comes_back(served, browser):
+async def test_comes_back(served, open_page):
     """A lost connection is shown and mended; what was said meanwhile arrives once."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, "wait")
     await expect(page.locator("article.assistant p")).to_have_text("wait ")
     await served.services.hub.close_all(1012, "restart", 2.0)
@@ -130,9 +137,9 @@ async def test_comes_back(served, browser):
     await expect(page.locator("#connection")).to_have_attribute("data-state", "open")
 
 
-async def test_server_away(served, browser):
+async def test_server_away(served, open_page):
     """While there is no connection the page says so."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, "hello")
     await expect(page.locator("article")).to_have_count(2)
     served.services.hub.begin_drain(0)  # lets nobody in
@@ -148,9 +155,9 @@ async def served_with_key() -> AsyncIterator[Served]:
         yield served
 
 
-async def test_api_key(served_with_key, browser):
+async def test_api_key(served_with_key, open_page):
     """With keys set the page asks for one, again after a wrong one, and remembers the right one for this tab."""
-    page = await open_page(browser, served_with_key.url)
+    page = await open_page(served_with_key.url)
     field = page.get_by_role("textbox", name="API key")
     await field.fill("wrong-key")
     await page.keyboard.press("Enter")
@@ -165,9 +172,9 @@ async def test_api_key(served_with_key, browser):
     assert await page.locator("dialog[open]").count() == 0
 
 
-async def test_refusal_is_shown(served, browser):
+async def test_refusal_is_shown(served, open_page):
     """What the server refuses is said on the page, and what was typed is not lost."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, "hello")
     await expect(page.locator("article")).to_have_count(2)
     served.sessions.fault = served.sessions.refusal("the context is full; start a new session")
@@ -176,9 +183,9 @@ async def test_refusal_is_shown(served, browser):
     await expect(page.get_by_label("Message", exact=True)).to_have_value("one more")
 
 
-async def test_keyboard(served, browser):
+async def test_keyboard(served, open_page):
     """Shift+Enter starts a new line, Enter sends both, an empty message is not sent."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     field = page.get_by_label("Message", exact=True)
     await expect(field).to_be_focused()
     await page.keyboard.press("Enter")
@@ -191,9 +198,9 @@ async def test_keyboard(served, browser):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_phone(served, browser, scheme):
+async def test_phone(served, open_page, scheme):
     """On a phone nothing is cut off sideways, and the sessions are behind a button."""
-    page = await open_page(browser, served.url, viewport={"width": 360, "height": 640}, color_scheme=scheme)
+    page = await open_page(served.url, viewport={"width": 360, "height": 640}, color_scheme=scheme)
     await say(page, "w" * 200)
     await expect(page.locator("article")).to_have_count(2)
     assert await page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
@@ -204,9 +211,9 @@ async def test_phone(served, browser, scheme):
     await expect(page.locator("#sidebar")).to_be_hidden()
 
 
-async def test_everything_has_a_name(served, browser):
+async def test_everything_has_a_name(served, open_page):
     """Each control says what it is to those who do not see it."""
-    page = await open_page(browser, served.url)
+    page = await open_page(served.url)
     await say(page, "hello")
     await expect(page.locator("article")).to_have_count(2)
     unnamed = await page.evaluate(
