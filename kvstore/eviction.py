@@ -90,3 +90,11 @@ class EvictionQueue(Generic[Node]):
                 return node
             self.offer(node)  # it was used since it was queued
         return None
+
+    def sweep(self) -> None:
+        """Forget what is no leaf any more, so that it does not stay in memory until it comes up."""
+        kept = [entry for entry in self._heap if entry[2].is_leaf]
+        for _, _, node in self._heap:
+            node.queued = node.is_leaf
+        heapq.heapify(kept)
+        self._heap = kept

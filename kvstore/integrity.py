@@ -50,6 +50,7 @@ def _check_session(session: Session, residency: Residency) -> None:
     ensure(np.array_equal(pages[: resident.num_pages], path), f"{session.session_id!r} maps other pages than indexed")
     if session.lease is not None:
         check_frontier(session, residency.pool)
+        ensure(session.tensor.is_guarded, f"{session.session_id!r} is leased without its guard pages")
         ensure(len(session.lease.tokens) == session.tensor.num_tokens, "a lease's tokens are not its rows")
         return
     tail = resident.tail_node.tail if resident.tail_node else None

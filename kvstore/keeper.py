@@ -35,6 +35,7 @@ class Keeper:
         """
         match = self._index.match(session.salt, tokens)
         if _ends_in_own_tail(session, match):
+            self._residency.mapping(session.tensor.guard)
             self._pool.ref(session.tensor.pages.view)
             return
         match, copied = self._pin(match)

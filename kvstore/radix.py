@@ -130,7 +130,8 @@ class RadixIndex:
             raise ValueError("drop of a salt whose pages sessions still map: detach them first")
         self._roots.pop(self._key(salt), None)
         for node in nodes:
-            node.parent = None  # so that the eviction queue passes it over
+            node.parent = None
+        self._queue.sweep()
         return [page for node in nodes for page in _own_pages(node)]
 
     def pages(self) -> Iterator[int]:

@@ -87,9 +87,16 @@ class VirtualTensor:
             self.num_tokens = min(self.num_tokens, self.capacity_tokens)
 
     def guard(self) -> None:
-        """See to it that a kernel may read past the last page."""
+        """See to it that a kernel may read past the last page, if there is one."""
         end = len(self.pages)
-        self._num_guarded += self._map_guards(end + self._num_guarded, end + self._guard_pages)
+        if end:
+            self._num_guarded += self._map_guards(end + self._num_guarded, end + self._guard_pages)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether as many guards follow the last page as there should be, or as the range has room for."""
+        end = len(self.pages)
+        return end == 0 or self._num_guarded >= min(self._guard_pages, self._range_pages - end)
 
     def fork(self, offset: int, num_tokens: int, boundary_page: int | None = None) -> VirtualTensor:
         """A tensor at `offset` with the same first `num_tokens` tokens: complete pages shared, read-only there.

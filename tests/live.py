@@ -35,12 +35,14 @@ class LiveServer:
             start_new_session=True,
         )
         self._lines: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._read_stdout, daemon=True).start()
+        self._reader = threading.Thread(target=self._read_stdout, daemon=True)
+        self._reader.start()
 
     def _read_stdout(self) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:
-            self._lines.put(line)
+        with self.process.stdout as stdout:
+            for line in stdout:
+                self._lines.put(line)
         self._lines.put(b"")
 
     def wait_ready(self) -> LiveServer:
@@ -71,6 +73,7 @@ class LiveServer:
         if self.process.poll() is None:
             self.process.send_signal(number)
         status = self.process.wait(timeout_s)
+        self._reader.join(timeout_s)
         self._stderr.close()
         return status
 

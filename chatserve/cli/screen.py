@@ -65,12 +65,11 @@ class Screen:
 
 
 def describe_turn(response: Mapping[str, Any], max_context: int | None) -> str:
-    """One line on what a turn cost."""
-    usage, timings = response.get("usage"), response.get("timings")
-    if not usage or not timings:
-        return ""
+    """One line on how a turn ended, unless by itself, and what it cost."""
+    usage, timings = response["usage"], response["timings"]
     cached = usage["input_tokens_details"]["cached_tokens"]
     parts = [
+        *_ending(response),
         f"{cached:,} of {usage['input_tokens']:,} input tokens cached",
         f"first token {timings['ttft_ms']:,.0f} ms",
         f"{timings['tokens_per_second']:,.0f} tokens/s",
@@ -78,3 +77,11 @@ def describe_turn(response: Mapping[str, Any], max_context: int | None) -> str:
     if max_context:
         parts.append(f"{max(0, max_context - usage['total_tokens']):,} of {max_context:,} tokens left")
     return " · ".join(parts)
+
+
+def _ending(response: Mapping[str, Any]) -> list[str]:
+    if response["status"] == "cancelled":
+        return ["stopped"]
+    if response["status"] == "incomplete":
+        return [f"cut off by {response['incomplete_details']['reason']}"]
+    return []

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_NOISY_LOGGERS = ("uvicorn.error", "uvicorn.access", "websockets", "asyncio", "httpx", "transformers")
+_NOISY_LOGGERS = ("uvicorn.error", "uvicorn.access", "websockets", "asyncio")
 
 
 class ConsoleFormatter(logging.Formatter):

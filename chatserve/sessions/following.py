@@ -54,7 +54,7 @@ async def _read(session_id: str, tail: LogTail, store: Store, seq: int, limits: 
             continue
         if not entries and not tail.ended:
             raise _fallen_out(session_id, seq)
-        return entries
+        return [entry for entry in entries if entry.seq <= tail.head_seq]  # what the session itself shows already
 
 
 def _fallen_out(session_id: str, seq: int) -> Unavailable:

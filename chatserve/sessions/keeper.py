@@ -75,7 +75,8 @@ class TurnKeeper:
 
     def _ended(self, live: LiveSession, turn: Turn, pin: ExitStack) -> None:
         self._running.discard(turn)
-        live.turn = None
+        if live.turn is turn:  # the next one may have begun as soon as the terminal event was seen
+            live.turn = None
         if turn.finished:
             self._on_finished(live)
         else:

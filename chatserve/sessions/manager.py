@@ -262,7 +262,7 @@ class SessionManager:
                 retry_after_ms=DRAIN_RETRY_MS,
             )
         await live.settle()
-        if live.meta.active is not None or live.turn is not None:
+        if live.meta.active is not None:
             raise Conflict("the session has a running response: wait for its end, or cancel it first")
 
     async def _commit(self, live: LiveSession, change: Change) -> StoredKey | None:

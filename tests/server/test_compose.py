@@ -1,0 +1,52 @@
+"""Starting fails early and clearly, and leaves nothing behind."""
+
+import pytest
+
+from chatserve.errors import StartupError
+from chatserve.server.compose import compose, engine_config
+from chatserve.server.listener import bind, url_of
+from chatserve.settings import load_settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"redis_url": "redis://:hunter2@127.0.0.1:1/0"}, r"redis://127\.0\.0\.1:1/0.*--redis-url"),
+        ({"redis_url": "http://127.0.0.1:1"}, r"http://127\.0\.0\.1:1"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"device": "cuda"}, "--device cpu"),
+    ],
+)
+async def test_cannot_start(tmp_path, settings, expected):
+    """The error names the value at fault and the remedy, and no password."""
+    with pytest.raises(StartupError, match=expected) as caught:
+        async with compose(load_settings({"data_dir": tmp_path / "data", **settings}), lambda what: None):
+            pass
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["198.51.100.7", "no-such-host.invalid"])
+def test_cannot_bind(host):
+    """An address of another machine cannot be listened on."""
+    with pytest.raises(StartupError, match=f"{host}.*--host"):
+        bind(host, 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("example.org", "http://example.org:80"),
+    ],
+)
+def test_url(host, url):
+    """The URL that is announced can be opened on this machine."""
+    assert url_of(host, 80) == url
+
+
+def test_engine_config():
+    """Settings reach the engine in its own terms; `auto` is the CPU, the only device of this version."""
+    config = engine_config(load_settings({"max_context": "2k", "kv_device_memory": "64M", "max_running": "3"}))
+    assert (config.device, config.max_context, config.kv_device_bytes, config.max_running) == ("cpu", 2048, 64 << 20, 3)
