@@ -322,6 +322,7 @@ ACTIONS: tuple[Callable[[Chat], Part], ...] = (
     Chat.who, Chat.check, Chat.like, Chat.note_turn, Chat.echo, Chat.long_reply, Chat.summary, Chat.forget_name,
     Chat.announce,
 )  # fmt: skip
+EXAM = (2, 80, 10, 2, 0, 2, 1, 2, 5, 2, 1, 1, 0, 0.2, 2.0, 0.0, 0.0)
 MOODS: tuple[tuple[float, ...], ...] = (
     (30, 30, 12, 5, 3, 10, 6, 8, 4, 3, 2, 2, 2, 2.0, 1.0, 0.3, 1.0),
     (60, 12, 5, 4, 4, 5, 2, 4, 1, 1, 2, 1, 1, 0.5, 0.5, 0.1, 1.0),
@@ -362,17 +363,22 @@ def follow_up(chat: Chat, part: Part) -> Part:
     return chat.rng.choice((chat.tell, chat.ask, chat.ask_unknown, chat.ask if shy else chat.small_talk))()
 
 
-def conversation(rng: random.Random, fits: Callable[[Chat], bool]) -> Chat:
-    """A conversation that goes on for as long as `fits` says, through stretches of different moods."""
+def conversation(rng: random.Random, chars: int) -> Chat:
+    """A conversation of at least so many characters, through stretches of different moods.
+
+    Half of them end in questions, the oldest facts first, so that a long one asks far back.
+    """
     chat = Chat.new(rng)
+    chat.far_sighted = rng.choice((0, 1, 2, 3))
     if rng.random() < 0.4:
         chat.system()
     if rng.random() < 0.3:
         chat.turn(chat.greet())
-    while fits(chat):
-        mood = Mood.draw(rng)
+    examined = chars * (rng.uniform(0.3, 0.9) if rng.random() < 0.5 else 1.0)
+    while chat.chars < chars:
+        mood = Mood(EXAM) if chat.chars > examined else Mood.draw(rng)
         for _ in range(rng.choice((3, 8, 20, 50))):
             random_turn(chat, mood)
-            if not fits(chat):
+            if chat.chars >= chars:
                 break
     return chat

@@ -70,6 +70,7 @@ class Facts:
     open_question: tuple[int, p.Kind, Key] | None = None
     focus: tuple[int, str] | None = None
     protected: Fact | None = None
+    far_sighted: int = 1
 
     @property
     def last_tag(self) -> str:
@@ -143,7 +144,7 @@ class Facts:
 
     def or_pronoun(self, kind: p.Kind, mention: Mention, key: Key, template: str) -> Mention:
         """ "She" for a person whom the last turn was about, where the template allows it."""
-        if kind.keys != "person" or "{k}'s" in template or self.focus != (len(self.messages), key.owner):
+        if kind.keys != "person" or "{k}'s" in template or "of {k}" in template or self.focus != (len(self.messages), key.owner):
             return mention
         return Mention(pronoun(self.rng, key.owner), self.plain(key)) if self.rng.random() < 0.5 else mention
 
@@ -363,7 +364,8 @@ class Facts:
             if not told:
                 return self.ask_unknown()
             now = len(self.messages)
-            fact = self.rng.choices(told, [(10 + now - f.spoken_of) / (1 + 3 * f.asked) for f in told])[0]
+            weights = [(10 + now - f.spoken_of) ** self.far_sighted / (1 + 3 * f.asked) for f in told]
+            fact = self.rng.choices(told, weights)[0]
         fact.asked += 1
         fact.spoken_of = len(self.messages)
         user, mention = self.question(fact.kind, fact.key)

@@ -87,8 +87,8 @@ FAVOURITES_MANY = rows("""
     favourite films | favourite sports | favourite numbers | favourite songs | interests | favourite cities | subjects
 """)
 STATES = rows("""
-    allergic to | afraid of | interested in | good at | bad at | married to | scared of | tired of | looking for | proud of | a fan of
-    engaged to | related to | working on | waiting for
+    allergic to | afraid of | interested in | good at | bad at | married to | scared of | tired of | proud of | a fan of
+    engaged to | related to | working on
 """)
 OF_NOUNS = rows("""
     capital | king | queen | president | colour | price | leader | language | owner | captain | size | author | currency | mayor | river | symbol
@@ -101,7 +101,7 @@ COUNTED = (
     ),
 )
 VERBS = rows(
-    "study | speak | play | drive | teach | collect | drink | read | grow | sell | build | write | paint | cook | need | prefer | own | watch"
+    "study | speak | play | drive | teach | collect | drink | read | grow | sell | build | write | paint | cook | prefer | own | watch"
 )
 ADJECTIVES = rows(
     "old | new | red | blue | big | little | second | other | spare | black | white | small | good | green"
@@ -496,7 +496,7 @@ LIST_REMOVE = rows("""
     i already have {v}, take it off my {l}
 """)
 LIST_CLEAR = rows(
-    "clear my {l} | empty my {l} | delete my {l} | clear the {l} | start a new {l} | forget my {l} | make a {l} | create a {l} | make me a {l} | i need a {l} | remove everything from my {l}"
+    "clear my {l} | empty my {l} | delete my {l} | clear the {l} | start a new {l} | forget my {l} | make a {l} | i need you to make a {l} | can you make a {l} | create a {l} | make me a {l} | i need a {l} | remove everything from my {l}"
 )
 LIKE_TELL = rows(
     "i like {v} | i love {v} | i really like {v} | i also like {v} | i enjoy {v} | i am fond of {v} | {v} is something i like | i like {v} a lot"
@@ -516,7 +516,7 @@ ECHO = rows("""
     say {v} | repeat {v} | say "{v}" | repeat "{v}"
 """)
 CALL_YOU = rows(
-    "i will call you {v} | your name is {v} | i'll call you {v} | i name you {v} | can i call you {v} | let me call you {v} | from now on you are {v} | your name is now {v} | you are {v}"
+    "i will call you {v} | your name is {v} | i'll call you {v} | i name you {v} | can i call you {v} | let me call you {v} | from now on you are {v} | your name is now {v}"
 )
 YOUR_NAME = rows("""
     what is your name | what's your name | do you have a name | your name | what should i call you | tell me your name | and your name
@@ -628,7 +628,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (rows("""what can you do | help | what can i ask you | can you help me | help me | how can you help me | what do you do | how does this work | what are you good at | what should i say
         what can i do here | i need help | how do i use you | what do you want to know | what now | what are your skills | give me an example | can i ask you something | let's talk | what shall we talk about"""),
      "Tell me facts, such as names, colours, numbers or where things are, and ask me later. I also keep lists, count, recite the alphabet and tell stories."),
-    (rows("""are you human | are you a robot | are you real | are you an ai | what are you | are you a person | are you a bot | are you alive | are you a computer | are you chatgpt | are you a machine | what model are you
+    (rows("""are you human | are you a robot | are you real | are you an ai | what are you | are you a person | are you a bot | are you alive | are you a computer | are you chatgpt | are you siri | are you alexa | are you gpt | are you a chatbot | are you a machine | what model are you
         tell me about yourself | introduce yourself | describe yourself | say something about yourself | who or what are you | are you a language model | what kind of model are you | are you intelligent"""),
      "I am a very small language model that comes with chatserve. I remember what you tell me in this chat."),
     (rows("""who made you | who created you | who built you | where do you come from | who trained you | who is your creator | how were you made | where are you from | who programmed you | who are your parents"""),

@@ -23,6 +23,7 @@ PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 1536
 MERGED_PIECES = 256
 SAMPLES = 4000
+SAMPLE_CHARS = 2000
 SPLIT = r"'(?:s|t|m|d|re|ve|ll)(?![\p{L}\p{M}])| ?[\p{L}\p{M}]+|\p{N}|[\r\n]|\s|[^\s\p{L}\p{M}\p{N}]"
 SPLIT_SPACES = r"[\p{L}\p{M}]+|\s|[^\s\p{L}\p{M}]"
 TEMPLATE = (
@@ -40,7 +41,7 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 def sample_texts(seed: int) -> Iterator[str]:
     """What users and model say in some conversations."""
     for i in range(SAMPLES):
-        chat = conversation(random.Random(f"tokenizer/{seed}/{i}"), lambda chat: len(chat.messages) < 40)
+        chat = conversation(random.Random(f"tokenizer/{seed}/{i}"), SAMPLE_CHARS)
         yield from (message.text for message in chat.messages)
 
 

@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chatserve.bundled import CONTEXT_TOKENS
-from chatserve.bundled.data import Chat, conversation
+from chatserve.bundled.data import conversation
 from chatserve.bundled.tokenizer import END, PAD, Encoder, save_tokenizer, train_tokenizer
 
 SHORT_TOKENS = 512
-LONG_TOKENS = CONTEXT_TOKENS + 128
-SHORT_STEPS = 600
-SHORT_SHARE = 0.25
-MOST_CHARS_PER_TOKEN = 3.6
+LONG_TOKENS = CONTEXT_TOKENS + 1024
+SHORT_STEPS = 500
+SHORT_SHARE = 0.2
+CHARS_PER_TOKEN = 2.05
 WARMUP = 0.02
 MASTER = "master.safetensors"
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -90,13 +90,9 @@ def row_tokens(seed: int, index: int) -> int:
 
 def make_row(encoder: Encoder, rng: random.Random, tokens: int) -> tuple[list[int], list[tuple[int, int]]]:
     """One conversation cut to so many tokens, and where its replies are."""
-
-    def fits(chat: Chat) -> bool:
-        return chat.chars < tokens * MOST_CHARS_PER_TOKEN
-
-    ids, replies = encoder.encode(conversation(rng, fits).messages)
-    pad = [0] * (tokens - len(ids))
-    return (ids + pad)[:tokens], [(a, min(b, tokens)) for a, b in replies if a < tokens]
+    ids, replies = encoder.encode(conversation(rng, int(tokens * CHARS_PER_TOKEN)).messages)
+    padded = ids + [0] * (tokens - len(ids))
+    return padded[:tokens], [(begin, min(end, tokens)) for begin, end in replies if begin < tokens]
 
 
 def make_batch(encoder: Encoder, seed: int, index: int, batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:

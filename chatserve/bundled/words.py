@@ -40,7 +40,7 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 TASKS = """wash the car|call the bank|water the plants|book a flight|clean the kitchen|feed the cat|pay the rent|
 buy a present|fix the bike|write a letter|walk the dog|do the laundry|empty the bin|return the books|mow the lawn|
-paint the fence|sort the post|bake a cake|visit grandma|renew my passport|charge the phone""".replace("\n", "").split("|")
+paint the fence|sort the post|bake a cake|visit grandma|call mom|buy flowers|clean windows|pay taxes|send invoices|call grandpa|renew my passport|charge the phone""".replace("\n", "").split("|")
 
 ONSETS = "b br c ch d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sn st t th tr v w wh x y z zw".split()
 VOWELS = "a e i o u a e i o u ai ea ee ie oo ou y".split()
@@ -88,7 +88,7 @@ class Words:
             "several": self._several,
             "measure": self._measure,
             "email": lambda: f"{self._handle()}@{self._handle()}.{self.rng.choice(ENDINGS)}",
-            "url": lambda: f"{self.rng.choice(('https://', 'www.', ''))}{self._handle()}.{self.rng.choice(ENDINGS)}",
+            "url": self._url,
             "count": lambda: self.rng.choice(COUNTS) if self.rng.random() < 0.5 else self.number(1, 3),
             "names": self._names,
             "number": lambda: self.number(1, 8),
@@ -200,6 +200,8 @@ class Words:
         pick = self.rng.choice
         if self.rng.random() < 0.2:
             return pick((f"at {self.any_word()}'s house", f"in {self.any_word()}", f"at {self.any_word()}"))
+        if self.rng.random() < 0.04:
+            return f"on {self.lower()} {self.rng.randint(1, 9)}, {self.lower()} {self.rng.randint(1, 99)}"
         spot = pick(("in", "on", "under", "behind", "next to", "near", "inside", "on top of", "at"))
         colour = self._one_of(COLOURS, self.lower) + " " if self.rng.random() < 0.3 or self.held_out else ""
         return f"{spot} {pick(('the', 'the', 'the', 'my', 'a'))} {colour}{self._one_of(THINGS, self.lower)}"
@@ -227,6 +229,10 @@ class Words:
         """The kind of word that addresses are made of."""
         second = self.rng.choice(("", "", ".", "-", "_"))
         return self.made_up() + (second + self.made_up() if second else self.rng.choice(("", "", self.number(1, 3))))
+
+    def _url(self) -> str:
+        path = self.rng.choice(("", "", f"/{self.made_up()}", f"/{self.made_up()}?{self.rng.choice(LETTERS)}={self.number(1, 4)}"))
+        return f"{self.rng.choice(('https://', 'www.', ''))}{self._handle()}.{self.rng.choice(ENDINGS)}{path}"
 
     def _code(self) -> str:
         draw = self.rng.random()

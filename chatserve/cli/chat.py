@@ -8,13 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from chatserve.cli.connection_options import add_connection_options
 from chatserve.cli.loop_thread import LoopThread
 from chatserve.cli.reply import Reply
 from chatserve.cli.screen import Screen, describe_turn
-from chatserve.cli.sessions import session_row
+from chatserve.cli.sessions import session_lines
 from chatserve.cli.text import one_line
 from chatserve.client.chat import ChatClient
 from chatserve.client.errors import ClientError, CommandFailedError
@@ -133,10 +131,10 @@ class Conversation:
     def _list(self) -> None:
         sessions = self._api.list_sessions(limit=LISTED_SESSIONS)
         self._listed = [session["id"] for session in sessions]
-        table = Table("", "Session", "Title", "Messages", "Last change", box=None, pad_edge=False)
-        for number, session in enumerate(sessions, 1):
-            table.add_row(str(number), *session_row(session))
-        self._screen.table(table)
+        heading, *lines = session_lines(sessions)
+        self._screen.note(f"    {heading}")
+        for number, line in enumerate(lines, 1):
+            self._screen.note(f"{number:>2}  {line}")
 
     def _open_listed(self, wanted: str) -> None:
         number = int(wanted) if wanted.isdecimal() else 0

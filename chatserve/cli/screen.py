@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from chatserve.cli.text import printable
@@ -59,9 +58,9 @@ class Screen:
         """Something went wrong."""
         self._remarks.print(Text(printable(text), style="red"))
 
-    def table(self, table: Table) -> None:
-        """A table, such as the list of sessions."""
-        self._remarks.print(table)
+    def note(self, text: str) -> None:
+        """Something that was asked for, such as a line of the list of sessions."""
+        self._remarks.print(Text(printable(text)))
 
 
 def describe_turn(response: Mapping[str, Any], max_context: int | None) -> str:

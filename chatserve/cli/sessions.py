@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from chatserve.cli.connection_options import add_connection_options
 from chatserve.cli.text import local_time, one_line, printable
@@ -56,16 +53,20 @@ def _list(api: HttpApi, parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(json.dumps(sessions, indent=2))
         return
-    table = Table("Session", "Title", "Messages", "Last change", box=None, pad_edge=False)
+    for line in session_lines(sessions):
+        print(line)
+
+
+def session_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sessions, a line each under a heading; the title stands last, so that nothing has to be cut for it."""
+    if not sessions:
+        return ["There are no sessions."]
+    lines = [f"{'Session':<32}{'Last change':<18}{'Messages':>8}  Title"]
     for session in sessions:
-        table.add_row(*session_row(session))
-    Console(highlight=False, markup=False).print(table if sessions else "There are no sessions.")
-
-
-def session_row(session: dict[str, Any]) -> tuple[str, str, str, str]:
-    """One line of the list: id, title, number of messages, time of the last change."""
-    title = one_line(session.get("title") or "", TITLE_CHARS) or "(no title)"
-    return session["id"], title, str(session.get("num_messages", 0)), local_time(session["updated_at"])
+        title = one_line(session["title"], TITLE_CHARS) or "(no title)"
+        changed = local_time(session["updated_at"])
+        lines.append(f"{session['id']:<32}{changed:<18}{session['num_messages']:>8}  {title}")
+    return lines
 
 
 def _show(api: HttpApi, parsed: argparse.Namespace) -> None:

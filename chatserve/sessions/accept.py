@@ -6,14 +6,15 @@ Nothing is written here; the result is one change that the session commits befor
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from pydantic_core import to_json
 
 from chatserve.errors import BadRequest
 from chatserve.protocol import events
-from chatserve.protocol.commands import ResponseCreate, TokenIdsPart
+from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, TokenIdsPart
 from chatserve.sessions.ids import new_id
 from chatserve.sessions.plan import TurnPlan, output_room, turn_params
 from chatserve.sessions.session import Change, Draft, LiveSession
@@ -43,12 +44,10 @@ class PreparedTurn:
     accepted: Accepted
 
 
-def body_hash(command: object) -> str:
+def body_hash(command: ResponseCreate | SessionCreate | SessionFork) -> str:
     """A hash of what a command says, apart from its id and key: a repeated key must come with the same."""
-    assert is_dataclass(command)
-    assert not isinstance(command, type)
-    fields = {name: value for name, value in asdict(command).items() if name not in ("id", "key")}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    said = {entry.name: getattr(command, entry.name) for entry in fields(command) if entry.name not in ("id", "key")}
+    return hashlib.sha256(to_json(said)).hexdigest()
 
 
 async def prepare_turn(live: LiveSession, command: ResponseCreate, tools: TurnTools) -> PreparedTurn:

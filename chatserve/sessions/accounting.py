@@ -35,7 +35,7 @@ def cache_object(
     slowest = next((tier for tier in reversed(_TIERS) if cached_tokens.get(tier)), None)
     if planned_reason is None and num_cached >= num_history - 1:
         return {"result": "hit", "restored_from": slowest, "reason": None}
-    reason = cast(MissReason, planned_reason or engine_reason or "evicted")
+    reason = cast(MissReason, planned_reason or engine_reason or "not_saved")
     return {"result": "partial" if num_cached else "miss", "restored_from": slowest, "reason": reason}
 
 

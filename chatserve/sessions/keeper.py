@@ -79,8 +79,8 @@ class TurnKeeper:
             live.turn = None
         if turn.finished:
             self._on_finished(live)
-        else:
-            self.mend(live, self._tools.limits.requeue_delay_s)
+        if live.turn is None and (live.meta.active is not None or not turn.finished):
+            self.mend(live, 0.0 if turn.finished else self._tools.limits.requeue_delay_s)
         pin.close()
 
     async def _mend(self, live: LiveSession, delay_s: float) -> None:

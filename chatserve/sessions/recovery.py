@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,16 @@ from chatserve.protocol.codec import from_wire
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.plan import TurnPlan
 from chatserve.sessions.ports import Store
-from chatserve.storage.session_store import LogEntry
+from chatserve.storage.session_store import LogEntry, MessageRecord, SessionMeta
+
+
+class CannotContinue(Unavailable):
+    """Why an interrupted response ends where it is."""
+
+    default_code = "server_interrupted"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this response was interrupted and cannot go on: {reason}; ask for it again")
 
 
 @dataclass(slots=True)
@@ -23,8 +33,18 @@ class LoggedProgress:
     in_progress: dict[str, Any] | None = None
 
 
+async def load_messages(store: Store, meta: SessionMeta, limits: SessionLimits) -> dict[str, MessageRecord]:
+    """The session's messages, the running response's with the text that is logged."""
+    messages = await store.load_messages(meta.id)
+    if meta.active is not None:
+        plan = TurnPlan.from_map(meta.active)
+        with suppress(CannotContinue):  # its beginning is gone: it ends as soon as it is taken up
+            messages[plan.message_id].text = (await read_progress(store, meta.id, plan, limits)).text
+    return messages
+
+
 async def read_progress(store: Store, session_id: str, plan: TurnPlan, limits: SessionLimits) -> LoggedProgress:
-    """All that the log holds of the response. Raises Unavailable (`server_interrupted`) where its beginning is gone."""
+    """All that the log holds of the response. Raises CannotContinue where its beginning is gone."""
     progress = LoggedProgress()
     deltas = []
     async for entry in _entries_from(store, session_id, plan.seq, limits.read_entries):
@@ -45,15 +65,8 @@ async def _entries_from(store: Store, session_id: str, seq: int, limit: int) -> 
     while entries := await store.read_log(session_id, expected - 1, limit):
         for entry in entries:
             if entry.seq != expected:
-                raise cannot_continue("its log is incomplete")
+                raise CannotContinue("its log is incomplete")
             yield entry
             expected += 1
     if expected == seq:
-        raise cannot_continue("its log is gone")
-
-
-def cannot_continue(reason: str) -> Unavailable:
-    """Why an interrupted response ends where it is."""
-    return Unavailable(
-        f"this response was interrupted and cannot go on: {reason}; ask for it again", code="server_interrupted"
-    )
+        raise CannotContinue("its log is gone")

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from chatserve.errors import NotFound
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.ports import Store
+from chatserve.sessions.recovery import load_messages
 from chatserve.sessions.session import LiveSession
 
 
@@ -81,7 +82,7 @@ class SessionRegistry:
 
     async def _load_now(self, session_id: str) -> None:
         meta = await self._store.take_fence(session_id)
-        messages = await self._store.load_messages(session_id)
+        messages = await load_messages(self._store, meta, self._limits)
         live = LiveSession(self._store, meta, messages, self._limits, self._clock)
         self._live[live.id] = self._idle[live.id] = live
         self._forget_idle()

@@ -17,6 +17,7 @@ from chatserve.protocol import events
 from chatserve.protocol.codec import to_wire
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.ports import Store
+from chatserve.sessions.recovery import load_messages
 from chatserve.sessions.tail import LogTail
 from chatserve.storage.session_store import (
     FenceLost,
@@ -166,7 +167,7 @@ class LiveSession:
 
     async def _start_over(self, present: SessionMeta) -> None:
         """The store is not what it was known to be: it has the truth, and whoever followed must attach again."""
-        self.messages = await self._store.load_messages(self.id)
+        self.messages = await load_messages(self._store, present, self._limits)
         self.meta = present
         self.tail.end(Unavailable("the session's log was replaced; attach again", code="server_interrupted"))
         self.tail = LogTail(present.head_seq, max_entries=self._limits.tail_entries, max_bytes=self._limits.tail_bytes)

@@ -42,13 +42,18 @@ def parent_of_turn(
         )
     if not has_input and parent is None:
         raise BadRequest("there is no message to answer yet: send 'input'", code="missing_field", param="input")
-    if not has_input and parent is not None and parent.role == "assistant" and parent.state == "complete":
+    if not has_input and parent is not None and not _can_go_on(parent):
         raise BadRequest(
-            f"reply {parent.id!r} is complete: send 'input', or give the user message before it as 'parent_id' "
+            f"reply {parent.id!r} has come to its end: send 'input', or give the user message before it as 'parent_id' "
             "to have it answered again",
             param="parent_id",
         )
     return parent
+
+
+def _can_go_on(message: MessageRecord) -> bool:
+    """Whether a reply can follow directly: behind a user message, or where ids that are not an end stand last."""
+    return message.role == "user" or (message.state != "complete" and not message.pending_text)
 
 
 def path_to(messages: Messages, message: MessageRecord | None) -> list[MessageRecord]:

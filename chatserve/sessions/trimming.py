@@ -33,7 +33,7 @@ class LogTrimmer:
         while self._due and self._due[0][0] <= now_s:
             _, session_id, last_seq = self._due[0]
             try:
-                await self._store.trim_log(session_id, last_seq + 1)
+                await self._store.trim_log(session_id, last_seq)
             except StorageUnavailable:
                 return  # at the next pass, then
             self._due.popleft()

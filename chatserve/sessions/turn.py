@@ -22,7 +22,7 @@ from chatserve.sessions.ending import Outcome, Said, failure, last_events, messa
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.plan import TurnPlan
 from chatserve.sessions.ports import Store
-from chatserve.sessions.recovery import LoggedProgress, cannot_continue, read_progress
+from chatserve.sessions.recovery import CannotContinue, LoggedProgress, read_progress
 from chatserve.sessions.reply import Reply
 from chatserve.sessions.session import LiveSession
 from chatserve.sessions.tree import path_to, prompt_path
@@ -233,16 +233,16 @@ class Turn:
             self._consuming.cancel()
 
     async def _go_back_to_log(self) -> None:
-        """Bring text and ids to where the log says they were. Raises Unavailable where that is impossible."""
+        """Bring text and ids to where the log says they were. Raises CannotContinue where that is impossible."""
         progress = await self._read_log()
         self._logged_text = progress.text
         self._writer.num_sent = len(progress.text)
         if self.plan.model != self._tools.engine.info.model:
-            raise cannot_continue(f"the model is {self._tools.engine.info.model!r} now, not {self.plan.model!r}")
+            raise CannotContinue(f"the model is {self._tools.engine.info.model!r} now, not {self.plan.model!r}")
         self._prompt_ids = await self._prompt_again()
         text, _ = self._reply.push(progress.token_ids)
         if text != progress.text:
-            raise cannot_continue("its tokens give another text now")
+            raise CannotContinue("its tokens give another text now")
         self._logged_text = ""
         self._live.messages[self.plan.message_id].text = text
         if progress.in_progress:
@@ -261,7 +261,7 @@ class Turn:
         path = prompt_path(self._live.messages, self._path(), self.plan.model)
         prompt = await self._tools.text.prompt(path, None, instructions=meta.instructions, date=meta.template_date)
         if len(prompt.token_ids) != self.plan.num_prompt:
-            raise cannot_continue("its prompt cannot be made again")
+            raise CannotContinue("its prompt cannot be made again")
         return prompt.token_ids
 
     def _request(self) -> GenerationRequest:

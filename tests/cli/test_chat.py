@@ -121,7 +121,7 @@ def test_terminal(live_server, terminal):
     screen.type("My cat is called Mimbo.\n")
     screen.expect("Mimbo(.|\n)*input tokens cached(.|\n)*tokens left(.|\n)*you> ")
     screen.type("/sessions\n")
-    screen.expect(r"1\s+sess_\w+\s+My cat is called Mimbo\.(.|\n)*you> ")
+    screen.expect(r" 1  sess_\w{26} .*My cat is called Mimbo\.(.|\n)*you> ")
     screen.type("/new\n")
     screen.expect("New session(.|\n)*you> ")
     screen.type("/open 1\n")
@@ -145,7 +145,7 @@ def test_interrupt_stops_the_reply(live_server, terminal):
     screen.expect("stopped · ")
     screen.expect("you> ")
     screen.process.send_signal(signal.SIGINT)
-    screen.expect("Ctrl-D or /quit leaves")
+    screen.expect("Ctrl-D or /quit leaves(.|\n)*you> ")
     screen.type("\x04")
     assert screen.process.wait(10) == 0
     messages = live_server.get(f"/v1/sessions/{session_id}").json()["messages"]

@@ -25,21 +25,25 @@ async def finished(client, response_id, timeout_s=60.0):
 
 
 async def test_conversation_goes_on_over_a_restart(start_server):
-    """SIGTERM in mid-reply, then a new server: the client comes back, the reply is finished, the facts are known."""
+    """SIGTERM in mid-reply, then a new server: the client comes back by itself and the reply is finished.
+
+    Each finished turn is one line in the log, which holds nothing that was said.
+    """
     port = free_port()
-    first = start_server(f"--port={port}", "--drain-timeout-s=0.2")
+    arguments = (f"--port={port}", "--drain-timeout-s=0.2", "--log-format=json")
+    first = start_server(*arguments)
     assert set(first.ready) == {"event", "url", "pid", "model", "version"}
     async with ChatClient(first.url) as client:
         session_id = (await client.create_session(title="pets"))["id"]
         await client.attach(session_id)
         assert "Zorp" in (await client.ask(session_id, "My dog is called Zorp."))["text"]
-        accepted = await client.send(session_id, "Hello!", ignore_eos=True, max_output_tokens=1500)
+        accepted = await client.send(session_id, "Hello!", ignore_eos=True, max_output_tokens=800)
         reading = asyncio.create_task(finished(client, accepted["response_id"]))
         await asyncio.sleep(0.3)
         assert await asyncio.to_thread(first.stop) == 0
-        second = await asyncio.to_thread(start_server, f"--port={port}")
+        second = await asyncio.to_thread(start_server, *arguments)
         response = await reading
-        assert (response["status"], response["usage"]["output_tokens"]) == ("incomplete", 1500)
+        assert (response["status"], response["usage"]["output_tokens"]) == ("incomplete", 800)
         replies = branch((await client.attach(session_id))["snapshot"])
         assert [message["role"] for message in replies] == ["user", "assistant"] * 2
         assert text_of(replies[-1]) == response["text"]
@@ -47,39 +51,10 @@ async def test_conversation_goes_on_over_a_restart(start_server):
     listed = second.get("/v1/sessions").json()["data"]
     assert [(view["id"], view["title"], view["num_messages"]) for view in listed] == [(session_id, "pets", 6)]
     assert first.stdout_rest() == b""
-
-
-async def test_acknowledged_message_survives_kill(start_server):
-    """What was acknowledged is there after kill -9, and its reply is made; what was said is in no log."""
-    first = start_server()
-    async with ChatClient(first.url) as client:
-        session_id = (await client.create_session())["id"]
-        accepted = await client.send(session_id, "My dog is called Zorp.")
-        first.stop(signal.SIGKILL)
-    second = start_server("--log-format=json")
-    async with ChatClient(second.url) as client:
-        assert (await client.attach(session_id, after_seq=0))["mode"] == "replay"
-        response = await finished(client, accepted["response_id"])
-        messages = branch((await client.attach(session_id))["snapshot"])
-    assert [text_of(message) for message in messages] == ["My dog is called Zorp.", response["text"]]
-    assert "Zorp" in response["text"]
-    began_s = time.monotonic()
-    assert second.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - began_s < 5
     log = second.log.read_text()
-    turn = next(json.loads(line) for line in log.splitlines() if "response completed" in line)
-    assert turn["response_id"] == accepted["response_id"]
+    turn = next(json.loads(line) for line in log.splitlines() if accepted["response_id"] in line)
+    assert (turn["output_tokens"], turn["level"]) == (800, "info")
     assert "Zorp" not in log
-
-
-def test_second_server_on_the_same_data(live_server, start_server, tmp_path):
-    """A data directory has one server; the second ends with status 1 and one line, no trace of Python."""
-    second = start_server(data_dir=live_server.data_dir, log=tmp_path / "second.log", wait=False)
-    assert second.process.wait(60) == 1
-    log = second.log.read_text()
-    assert str(live_server.data_dir) in log
-    assert "Traceback" not in log
-    assert second.stdout_rest() == b""
 
 
 def test_sigterm_while_loading(start_server, tmp_path):

@@ -82,6 +82,14 @@ def test_a_cut_never_splits_a_token(token_ids: list[int], stop: str) -> None:
         assert stop not in reply.text
 
 
+def test_half_a_character_of_a_stop_string_does_not_stand() -> None:
+    """A token that holds the first byte of what is cut off is cut off with it."""
+    token_ids = TOKENIZER.encode("aé", add_special_tokens=False)
+    assert len(token_ids) == 3
+    reply, text = reply_to([token_ids], ["é"])
+    assert (text, reply.kept()) == ("a", (token_ids[:1], ""))
+
+
 def test_nothing_is_taken_behind_the_end() -> None:
     """Ids behind an end token are left, and told so."""
     reply = Reply(PIPELINE.detokenizer(), [], [EOS])

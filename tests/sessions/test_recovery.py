@@ -257,3 +257,22 @@ async def test_what_outlasts_the_drain_goes_on_after_a_restart(stage: Stage) -> 
     events = await successor.events(session_id)
     assert_coherent(events)
     assert events[-1]["response"]["text"] == "One two three"
+
+
+@pytest.mark.parametrize("cut_after", [3, 6, 12])
+async def test_who_comes_right_after_a_restart_sees_what_was_logged(stage: Stage, cut_after: int) -> None:
+    """Before the successor has taken a response up, its snapshot has the logged text, and later deltas join it."""
+    line = stage.line()
+    line.cut_after = cut_after
+    chat = await stage.start(FakeEngine(pseudo_random_token, pace_s=PACE_S), line, ONE_BY_ONE)
+    session_id = await chat.create()
+    accepting = asyncio.create_task(chat.send(session_id, "a", **TURN))
+    await line.cut.wait()
+    accepting.cancel()
+    successor = await stage.start(FakeEngine(pseudo_random_token, pace_s=PACE_S), limits=ONE_BY_ONE)
+    attached = await successor.manager.attach("t", session_id, None, None)
+    assert attached.snapshot is not None
+    text = attached.snapshot["active_response"]["text"]
+    events = await successor.events(session_id, attached.after_seq)
+    assert next(event for event in events if "offset" in event)["offset"] == len(text)
+    assert events[-1]["response"]["text"] == text + "".join(event.get("delta", "") for event in events)

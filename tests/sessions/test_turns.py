@@ -315,7 +315,7 @@ async def test_turns_without_meaning_are_refused(stage: Stage) -> None:
     session_id = await chat.create()
     accepted = await chat.send(session_id, "a")
     await chat.events(session_id)
-    with pytest.raises(BadRequest, match="is complete"):
+    with pytest.raises(BadRequest, match="come to its end"):
         await chat.send(session_id)
     with pytest.raises(BadRequest, match="leave 'input' out"):
         await chat.send(session_id, "b", parent_id=accepted.message_id)
