@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import heapq
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -19,7 +20,7 @@ import torch
 
 from kvstore.arrays import PageArray, as_page_array
 from kvstore.errors import MemoryRefused, OutOfMappings, ensure
-from kvstore.linux import LinuxCalls, max_map_count
+from kvstore.linux import MAP_NORESERVE, LinuxCalls, max_map_count
 from kvstore.memory import DEFAULT_PAGE_BYTES, UNMAPPED
 
 MAPPINGS_SHARE = 0.8
@@ -76,7 +77,7 @@ class PosixMemory:
         if self._address is not None or num_bytes <= 0 or num_bytes % self.page_bytes:
             raise ValueError(f"reserve({num_bytes}): one arena, a positive multiple of {self.page_bytes} bytes")
         self._address = self._calls.reserve(num_bytes)
-        self._table = np.zeros(num_bytes // self.page_bytes, np.int64)  # untouched parts take no memory
+        self._table = _sparse_zeros(num_bytes // self.page_bytes)
         self.num_mappings = 1
 
     def create(self, num_pages: int) -> list[int]:
@@ -267,6 +268,13 @@ class PosixMemory:
                 place, num_pages = start // self.page_bytes, (stop - start) // self.page_bytes
                 runs.append((place, num_pages, int(offset, 16) // self.page_bytes, protection[1] == "w"))
         return runs
+
+
+def _sparse_zeros(length: int) -> Entries:
+    """An array whose untouched parts take no memory, nor any promise of it: arenas of terabytes have large tables."""
+    memory = mmap.mmap(-1, length * 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.int64)
 
 
 def _splits(entries: Entries) -> npt.NDArray[np.bool_]:

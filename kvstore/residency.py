@@ -90,7 +90,10 @@ class Residency:
         return session is not None
 
     def allocate(self, num_pages: int, *, after: int | None = None) -> PageArray:
-        """Pages of zeros from the pool, evicting idle ones as needed; raises OutOfPages, then nothing is evicted."""
+        """Pages of zeros from the pool, idle ones evicted for them as needed.
+
+        Raises OutOfPages; where eviction could not have been enough, nothing is evicted.
+        """
         while True:
             try:
                 return self.pool.allocate(num_pages, after=after)

@@ -32,7 +32,7 @@ class KVStore:
     `max_ranges` sessions can be resident at once, each with addresses for `max_tokens` tokens and `tile_tokens` more
     that kernels may read past its end. The least recently used idle session makes room for a new one; its pages stay
     in the index. Without `prefix_sharing` a session finds only its own rows. `shrink` keeps `floor_bytes`.
-    Raises ValueError when the budget does not hold one page, or the arena would pass 2**31 - 1 tokens.
+    Raises ValueError when the budget does not hold one token, or the arena would pass 2**31 - 1 tokens.
     """
 
     def __init__(
@@ -52,6 +52,10 @@ class KVStore:
     ) -> None:
         range_bytes = layout.range_bytes(max_tokens, tile_tokens)
         _check_sizes(layout, memory, max_tokens, max_ranges * range_bytes)
+        usable_pages = budget_bytes // layout.page_bytes - (tile_tokens > 0)  # one is the guard page
+        self.max_session_tokens = min(max_tokens, layout.complete_tokens(usable_pages))
+        if self.max_session_tokens < 1:
+            raise ValueError(f"budget_bytes={budget_bytes}: must hold at least one token of {layout.token_bytes} bytes")
         self.layout = layout
         self._memory = memory
         self._pool = PagePool(memory, budget_bytes, floor_bytes)
@@ -60,8 +64,6 @@ class KVStore:
             layout, memory, self._pool, self._index,
             range_bytes=range_bytes, max_ranges=max_ranges, tile_tokens=tile_tokens,
         )  # fmt: skip
-        usable_pages = self._pool.capacity_pages - self._pool.counts.guard
-        self.max_session_tokens = min(max_tokens, layout.complete_tokens(usable_pages))
         self._keeper = Keeper(self._residency, self.max_session_tokens)
         self._prefix_sharing = prefix_sharing
         memory.reserve(max_ranges * range_bytes)

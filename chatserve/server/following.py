@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 from chatserve.errors import Overloaded, ServiceError
 from chatserve.protocol import events
 from chatserve.protocol.codec import Encoding, encode, wire_to
 from chatserve.server.outbox import Outbox
 from chatserve.sessions.manager import SessionManager
-from chatserve.storage.session_store import LogEntry
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +69,9 @@ class Following:
 
     async def _pump(self, session_id: str, after_seq: int) -> None:
         try:
-            events_of_session = cast(AsyncGenerator[LogEntry, None], self._sessions.follow(session_id, after_seq))
-            async with aclosing(events_of_session):  # at once, not when the collector comes by
-                async for entry in events_of_session:
+            # Closed at once, not when the collector comes by: until then the session counts as followed.
+            async with aclosing(self._sessions.follow(session_id, after_seq)) as entries:
+                async for entry in entries:
                     await self._outbox.put(wire_to(self._encoding, entry.wire))
         except ServiceError as refusal:
             await self._report(session_id, refusal.as_object())

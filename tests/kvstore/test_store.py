@@ -353,7 +353,8 @@ def test_stats_are_plain_numbers(store):
     [
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_ranges": 0}, "both must be positive"),
-        ({"budget_bytes": 4095}, "budget_bytes=4095"),
+        ({"budget_bytes": 4095}, "budget_bytes=4095: must hold at least one token of 384 bytes"),
+        ({"budget_bytes": 4096, "tile_tokens": 1}, "budget_bytes=4096"),
         ({"max_ranges": 2**22}, "lower max_tokens or max_ranges"),
         ({"memory": FlakyMemory(8192)}, "4096 in the layout, 8192 in memory"),
     ],

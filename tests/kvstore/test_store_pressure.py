@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kvstore import IntegrityError, OutOfMappings, OutOfPages
@@ -113,13 +115,15 @@ def test_whole_tokens_need_no_copy_when_memory_is_full():
     store.close()
 
 
-@pytest.mark.parametrize("token_bytes", [384, 1024, 10240, 12288])
-@pytest.mark.parametrize("pages", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("token_bytes", "pages"),
+    [*itertools.product([384, 1024], [1, 2, 3, 4]), *itertools.product([10240, 12288], [3, 4, 5, 6])],
+)
 def test_smallest_budgets_make_progress(token_bytes, pages):
     """Sessions that each fill the whole budget take turns, and each turn's rows are right."""
     store = make_store(token_bytes=token_bytes, pages=pages)
     length = store.max_session_tokens
-    for turn in range(6 if length else 0):
+    for turn in range(6):
         history = [turn % 3, *TALK[: length - 1]]
         run_turn(store, f"s{turn % 3}", RED, history)
         run_turn(store, "fork", RED, history[: length // 2 + 1])

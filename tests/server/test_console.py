@@ -1,0 +1,37 @@
+"""The block that an operator reads when the server is ready."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from chatserve.server.console import print_summary, summary
+from chatserve.settings import load_settings
+from tests.server.fakes import INFO
+
+
+@pytest.mark.parametrize(
+    ("settings", "auth"),
+    [
+        ({}, "off, this machine only"),
+        ({"api_keys": ("alice=alices-key",)}, "on, 1 key"),
+        ({"api_keys": ("alice=alices-key", "bob=bobs-key-2")}, "on, 2 keys"),
+        ({"host": "0.0.0.0", "insecure": True}, "OFF, open to everyone who reaches this address"),
+    ],
+)
+def test_auth(settings, auth):
+    """Who may come in is said plainly."""
+    assert dict(summary("http://x", load_settings(settings), INFO))["Auth"] == auth
+
+
+def test_summary(tmp_path):
+    """One line each for URL, model, capacity, sessions and auth, never wrapped, without keys or passwords."""
+    output = io.StringIO()
+    settings = load_settings({"redis_url": "redis://:hunter2@db/0", "api_keys": ("alice=alices-key",)})
+    print_summary(Console(file=output, width=40), "http://127.0.0.1:8000", settings, INFO)
+    lines = output.getvalue().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["URL", "Model", "Capacity", "Sessions", "Auth"]
+    assert "http://127.0.0.1:8000" in lines[1]
+    assert "100,000 tokens" in lines[3]
+    assert "hunter2" not in output.getvalue()
+    assert "alices-key" not in output.getvalue()
