@@ -30,10 +30,7 @@ constexpr int kTokenBlock = 4;
 #endif
 constexpr int kDimBlock = kTokenBlock;  // as many sums again; head_dim is a multiple of 8
 constexpr int kTile = 16;               // tokens between two looks at the running maximum
-#ifndef AHEAD
-#define AHEAD 16
-#endif
-constexpr int64_t kAhead = AHEAD;          // tokens between the one read and the one asked for
+constexpr int64_t kAhead = 16;          // tokens between the one read and the one asked for
 constexpr int64_t kSlice = 256;         // tokens of one piece of work
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 8;            // up to here a single query uses the kernel with head_dim in the lanes
@@ -198,7 +195,7 @@ inline void attend_tile(const Arena& arena, const float* keys, const float* valu
   float factors[Count];
   for (int r = 0; r < Count; ++r) {
     for (int64_t t = n; t < kTile; ++t) weights[r][t] = kLowest;
-    const typename T::Vec scores = T::load(weights[r]);
+    const typename T::Vec scores = T::load(weights[r]) * arena.scale;
     const float maximum = std::max(maxima[r], largest<kTile>(scores));
     const typename T::Vec weight = T::exp2(scores - maximum);
     T::store(weights[r], weight);
@@ -226,7 +223,6 @@ void attend_single(const Step& step, const Span& span, int64_t first, int64_t la
   float* weighted = piece + 2 * heads;
   std::fill_n(maxima, heads, kLowest);
   std::fill_n(sums, heads * (dim + 1), 0.0f);
-  alignas(64) float q[kMaxGroup * kMaxHeadDim];
   for (int64_t tile = first; tile < last; tile += kTile) {
     const int64_t n = std::min<int64_t>(kTile, last - tile);
     const float* token = step.layer + (span.base_token + tile) * arena.token_stride;
@@ -234,8 +230,7 @@ void attend_single(const Step& step, const Span& span, int64_t first, int64_t la
       const float* keys = token + kv_head * arena.head_stride;
       const float* values = keys + arena.side_stride;
       const int64_t head = kv_head * group;
-      const float* query = step.q.data + span.query_start * step.q.stride + head * dim;
-      for (int64_t i = 0; i < group * dim; ++i) q[i] = query[i] * arena.scale;
+      const float* q = step.q.data + span.query_start * step.q.stride + head * dim;
       int64_t r = 0;
       for (; r + 2 <= group; r += 2)
         attend_tile<Lanes, HeadDim, 2>(arena, keys, values, n, q + r * dim, maxima + head + r, sums + head + r,

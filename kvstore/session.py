@@ -21,7 +21,7 @@ from kvstore.tensor import VirtualTensor
 class Session:
     """A session that owns a range: its mapped rows, its place in the index, and its lease if there is one.
 
-    While no lease is held every mapped page is the index's, and `tokens` is empty: the index knows them.
+    While no lease is held every mapped page is the index's, which knows their tokens.
     """
 
     session_id: str
@@ -51,7 +51,8 @@ class LeaseKeeper(Protocol):
 class Lease:
     """A request's hold on its session's rows: they stay mapped, and the rows behind `kv_length` are its to write.
 
-    Not usable after `release`; the properties are meaningless then.
+    `base_token` is the arena row of the session's first token, `num_cached_tokens` what `kv_length` was at the start,
+    `tokens` the ids of the rows so far. After `release` no method but that one may be called, and no property read.
     """
 
     __slots__ = (
@@ -66,7 +67,7 @@ class Lease:
     )
 
     def __init__(self, keeper: LeaseKeeper, session: Session, tokens: TokenArray, layout: KVLayout) -> None:
-        self.base_token = session.tensor.offset // layout.token_bytes  # arena row of the session's token 0
+        self.base_token = session.tensor.offset // layout.token_bytes
         self.num_cached_tokens = len(tokens)
         self.tokens: GrowingArray[np.int32] = GrowingArray(tokens, np.int32)
         self._keeper = keeper

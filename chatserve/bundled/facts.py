@@ -68,7 +68,7 @@ class Facts:
     last_told: Fact | None = None
     last_asked: p.Kind | None = None
     open_question: tuple[int, p.Kind, Key] | None = None
-    focus: tuple[int, str] | None = None
+    focus: tuple[int, str, str] | None = None
     protected: Fact | None = None
     far_sighted: int = 1
 
@@ -144,9 +144,11 @@ class Facts:
 
     def or_pronoun(self, kind: p.Kind, mention: Mention, key: Key, template: str) -> Mention:
         """ "She" for a person whom the last turn was about, where the template allows it."""
-        if kind.keys != "person" or "{k}'s" in template or "of {k}" in template or self.focus != (len(self.messages), key.owner):
+        if kind.keys != "person" or "{k}'s" in template or "of {k}" in template:
             return mention
-        return Mention(pronoun(self.rng, key.owner), self.plain(key)) if self.rng.random() < 0.5 else mention
+        if self.focus is None or self.focus[:2] != (len(self.messages), key.owner) or self.rng.random() < 0.5:
+            return mention
+        return Mention(pronoun(self.rng, key.owner), self.focus[2])
 
     def look_at(self, kind: p.Kind, key: Key) -> None:
         """Notes whom the turn under way is about."""
@@ -212,7 +214,7 @@ class Facts:
             mention = Mention(key.owner, self.plain(key))
         count = self.counted(key, value) if "{c}" in template else ""
         self.remember(kind, key, value)
-        self.look_at(kind, key)
+        self.look_at(kind, key, mention.reply)
         if rng.random() < 0.22:
             template = f"{rng.choice(p.TELL_OPENERS)} {template}"
         if rng.random() < 0.08:
@@ -256,7 +258,7 @@ class Facts:
             return self.ask_unknown()
         self.remember(named, Key(noun=noun), called)
         self.remember(kind, person, value)
-        self.look_at(kind, person)
+        self.look_at(kind, person, "your " + noun)
         template = rng.choice(p.COMPOUND_TELLS).replace("{c}", said).replace("{e}", pronoun(rng, "my " + noun))
         user = self.typed(template, k="my " + noun, n=noun, v=called, w=value)
         return Part(user, f"Got it, your {noun} {called} {clause.replace('{w}', value)}.", "tell compound")
@@ -306,7 +308,7 @@ class Facts:
         value = self.value_for(kind, key)
         mention = self.mention(key)
         self.remember(kind, key, value)
-        self.look_at(kind, key)
+        self.look_at(kind, key, mention.reply)
         belonging = {"she": "her", "he": "his", "it": "its"}[pronoun(self.rng, "my " + (key.noun or "friend"))]
         user = self.typed(self.rng.choice(kind.supply), k=mention.said, v=value, q=belonging)
         return Part(
@@ -399,7 +401,7 @@ class Facts:
             return self.typed(rng.choice(p.FOLLOW_UPS), "?", k=mention.said), mention
         template = rng.choice(kind.indirect if draw < 0.3 else kind.asks)
         mention = self.or_pronoun(kind, mention, key, template)
-        self.look_at(kind, key)
+        self.look_at(kind, key, mention.reply)
         return self.typed(self.dressed(template, indirect=draw < 0.3), "?", k=mention.said), mention
 
     def dressed(self, template: str, *, indirect: bool) -> str:

@@ -120,7 +120,7 @@ def batches(options: Options) -> Iterator[Batch]:
     """Batches in order, on the device."""
     context = get_context("spawn")
     queues: list[Queue[Any]] = [context.Queue(maxsize=4) for _ in range(options.workers)]
-    for first, queue in enumerate(queues):
+    for first, queue in enumerate(queues, SHORT_STEPS if options.resume else 0):
         arguments = (queue, str(options.out), options.seed, first, options.workers, options.batch_tokens)
         context.Process(target=work, args=arguments, daemon=True).start()
     step = 0

@@ -1,7 +1,8 @@
 """Attention over sessions whose keys and values lie at their places in one arena tensor.
 
-A step is planned once (views and masks of its spans) and then run layer by layer. It knows rows of the arena,
-not sessions, pages or memory; rows outside the spans planned are never touched, because they may not be mapped.
+A step is planned once and then run layer by layer: by the C++ kernel where there is one, else by torch's. It knows
+rows of the arena, not sessions, pages or memory; rows outside the spans planned are never touched, because they may
+not be mapped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from chatserve.model.native import NativeKernel, NativeStep, NativeUnavailable, kernel_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +56,52 @@ class _PlannedSpan:
 
 
 class CpuAttention:
-    """Attention with torch's CPU kernels, straight on strided views of the arena: no history is ever copied.
+    """Attention on the CPU with the faster of the two kinds that this machine and arena allow.
 
     `arena` is [arena_tokens, num_layers, 2, num_kv_heads, head_dim] with any strides, contiguous in head_dim.
+    `attention_name` says which kind is in use, and why it is not the C++ kernel.
     """
 
     def __init__(self, arena: Tensor) -> None:
-        self._arena = arena
-        self._sides = [layer.unbind(1) for layer in arena.unbind(1)]
+        self._kind: NativeAttention | SdpaAttention
+        try:
+            self._kind = NativeAttention(arena, kernel_for(arena))
+            self.attention_name = self._kind.kernel.name
+        except NativeUnavailable as reason:
+            self._kind = SdpaAttention(arena)
+            self.attention_name = f"torch SDPA ({reason})"
 
     def plan(self, spans: Sequence[Span], rows: Tensor) -> AttentionStep:
         """Prepare one step. `rows` [n] int64 are the arena rows of the step's tokens, in the order of the spans.
 
         Raises `ValueError` if the spans do not follow each other from query 0 to n.
         """
+        return self._kind.plan(spans, rows)
+
+
+class NativeAttention:
+    """Attention with the C++ kernel: one call for all spans of a layer."""
+
+    def __init__(self, arena: Tensor, kernel: NativeKernel) -> None:
+        self.kernel = kernel
+        self._arena = arena
+
+    def plan(self, spans: Sequence[Span], rows: Tensor) -> AttentionStep:
+        """See `CpuAttention.plan`. The kernel derives the rows from the spans."""
+        _check_spans(spans, rows)
+        flat = [(span.query_start, span.num_queries, span.base_token, span.kv_length) for span in spans]
+        return NativeStep(self.kernel, self._arena, flat)
+
+
+class SdpaAttention:
+    """Attention with torch's kernels, a call per span, straight on strided views: no history is ever copied."""
+
+    def __init__(self, arena: Tensor) -> None:
+        self._arena = arena
+        self._sides = [layer.unbind(1) for layer in arena.unbind(1)]
+
+    def plan(self, spans: Sequence[Span], rows: Tensor) -> AttentionStep:
+        """See `CpuAttention.plan`."""
         _check_spans(spans, rows)
         masks: dict[tuple[int, int], Tensor | None] = {}
         for span in spans:
@@ -74,7 +109,7 @@ class CpuAttention:
             if shape not in masks:
                 masks[shape] = _causal_mask(*shape, self._arena.dtype)
         planned = [self._plan_span(span, masks[span.num_queries, span.kv_length]) for span in spans]
-        return _CpuAttentionStep(self._sides, planned, [span.num_queries for span in spans], rows)
+        return _SdpaStep(self._sides, planned, [span.num_queries for span in spans], rows)
 
     def _plan_span(self, span: Span, mask: Tensor | None) -> _PlannedSpan:
         """All layers' views with one strided view and one unbind: less than half of what slicing each costs."""
@@ -90,7 +125,7 @@ class CpuAttention:
         return _PlannedSpan(keys.unbind(0), values.unbind(0), mask)
 
 
-class _CpuAttentionStep:
+class _SdpaStep:
     """See `AttentionStep`."""
 
     def __init__(

@@ -60,7 +60,7 @@ async def prepare_turn(live: LiveSession, command: ResponseCreate, tools: TurnTo
     user = None if said is None else _user_message(live, parent, said, prompt, tools)
     speaker = user or parent
     assert speaker is not None
-    plan = _plan(live, command, tools, prompt, speaker.id, has_user=user is not None)
+    plan = _plan(live, command, tools, prompt, speaker, num_new=1 if user is None else 2)
     return _prepared(live, command, plan, prompt, user)
 
 
@@ -81,7 +81,7 @@ def _said(command: ResponseCreate, vocab_size: int) -> str | Sequence[int] | Non
 def _user_message(
     live: LiveSession, parent: MessageRecord | None, said: str | Sequence[int], prompt: Prompt, tools: TurnTools
 ) -> MessageRecord:
-    now_ms = live.now_ms()
+    now_ms = _time_behind(live, parent)
     return MessageRecord(
         id=new_id("msg", now_ms),
         parent_id=parent.id if parent else None,
@@ -93,24 +93,28 @@ def _user_message(
     )
 
 
+def _time_behind(live: LiveSession, parent: MessageRecord | None) -> int:
+    """Now, but later than the parent: stored messages are ordered by their times."""
+    return max(live.now_ms(), parent.created_at + 1 if parent else 0)
+
+
 def _plan(
     live: LiveSession,
     command: ResponseCreate,
     tools: TurnTools,
     prompt: Prompt,
-    parent_id: str,
-    *,
-    has_user: bool,
+    speaker: MessageRecord,
+    num_new: int,
 ) -> TurnPlan:
-    now_ms = live.now_ms() + has_user  # stored messages are ordered by time: the reply comes after what it answers
+    now_ms = _time_behind(live, speaker)
     params = turn_params(command, live.meta.params, tools.limits)
     room = output_room(len(prompt.token_ids), tools.engine.info.max_context)
     return TurnPlan(
         response_id=new_id("resp", now_ms),
         message_id=new_id("msg", now_ms),
-        parent_id=parent_id,
+        parent_id=speaker.id,
         model=tools.engine.info.model,
-        seq=live.tail.head_seq + (2 if has_user else 1),
+        seq=live.tail.head_seq + num_new,
         created_at=now_ms,
         num_prompt=len(prompt.token_ids),
         num_history=prompt.num_history,

@@ -29,8 +29,8 @@ class SessionLimits:
     requeue_delay_s: float = 1.0
 
     max_idle_sessions: int = 256
-    tail_entries: int = 1024
-    tail_bytes: int = 1 << 20
+    tail_entries: int = 512
+    tail_bytes: int = 1 << 18
     read_entries: int = 256
     max_resume_events: int = 4096
     max_recoveries: int = 16

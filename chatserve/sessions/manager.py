@@ -246,6 +246,7 @@ class SessionManager:
                 return _accepted_before(earlier, command)
             await self._check_free(live)
             prepared = await prepare_turn(live, command, self._tools)
+            self._check_open()
             earlier = await self._commit(live, prepared.change)
             if earlier is not None:
                 return _accepted_before(earlier, command)
@@ -255,15 +256,18 @@ class SessionManager:
 
     async def _check_free(self, live: LiveSession) -> None:
         """Raise where no turn can begin now."""
+        self._check_open()
+        await live.settle()
+        if live.meta.active is not None:
+            raise Conflict("the session has a running response: wait for its end, or cancel it first")
+
+    def _check_open(self) -> None:
         if not self._keeper.is_open:
             raise Unavailable(
                 "the server is shutting down; send this again in a moment",
                 code="server_draining",
                 retry_after_ms=DRAIN_RETRY_MS,
             )
-        await live.settle()
-        if live.meta.active is not None:
-            raise Conflict("the session has a running response: wait for its end, or cancel it first")
 
     async def _commit(self, live: LiveSession, change: Change) -> StoredKey | None:
         try:

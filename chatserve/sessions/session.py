@@ -159,11 +159,11 @@ class LiveSession:
             raise FenceLost(f"session {self.id!r} is held by another server; connect again")
         present = await self._store.take_fence(self.id, self.tail.head_seq)
         written = await self._store.read_log(self.id, self.tail.head_seq, self._limits.read_entries)
-        self._doubt = None
         if present.epoch == self.meta.epoch and written == change.entries:
             self._apply(change)
         elif present.epoch != self.meta.epoch or written:
             await self._start_over(present)
+        self._doubt = None
 
     async def _start_over(self, present: SessionMeta) -> None:
         """The store is not what it was known to be: it has the truth, and whoever followed must attach again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from itertools import takewhile
 
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.ports import Store
@@ -16,11 +16,12 @@ class LogTrimmer:
     def __init__(self, store: Store, limits: SessionLimits) -> None:
         self._store = store
         self._limits = limits
-        self._due: deque[tuple[float, str, int]] = deque()
+        self._due: dict[tuple[str, int], float] = {}  # in the order of their times
 
     def schedule(self, session_id: str, last_seq: int) -> None:
         """Drop the events up to and including `last_seq` when their time has come."""
-        self._due.append((asyncio.get_running_loop().time() + self._limits.resume_ttl_s, session_id, last_seq))
+        due_s = asyncio.get_running_loop().time() + self._limits.resume_ttl_s
+        self._due.setdefault((session_id, last_seq), due_s)
 
     async def run(self) -> None:
         """Trim what is due, for ever."""
@@ -30,10 +31,10 @@ class LogTrimmer:
 
     async def _trim_due(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        while self._due and self._due[0][0] <= now_s:
-            _, session_id, last_seq = self._due[0]
+        due = list(takewhile(lambda key: self._due[key] <= now_s, self._due))
+        for session_id, last_seq in due:
             try:
-                await self._store.trim_log(session_id, last_seq)
+                await self._store.trim_log(session_id, last_seq + 1)
             except StorageUnavailable:
                 return  # at the next pass, then
-            self._due.popleft()
+            del self._due[session_id, last_seq]

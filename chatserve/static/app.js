@@ -143,21 +143,21 @@ function closeConversation() {
 
 async function renameSession() {
   const id = wantedId;
-  const title = await ask({ title: "Rename this session", label: "Title", ok: "Rename", value: currentTitle() });
+  const title = await ask({ title: "Rename this session", label: "Title", ok: "Rename", value: titleOf(id) });
   if (title) await attempt(() => connection.command("session.update", { session_id: id, title: title.slice(0, 200) }));
   refreshSessions();
 }
 
 async function deleteSession() {
   const id = wantedId;
-  const sure = await ask({ title: `Delete “${currentTitle() || "New session"}” for good?`, ok: "Delete" });
+  const sure = await ask({ title: `Delete “${titleOf(id) || "New session"}” for good?`, ok: "Delete" });
   if (sure === null) return;
   const answer = await attempt(() => connection.command("session.delete", { session_id: id }));
   if (answer && id === wantedId) closeConversation();
   refreshSessions();
 }
 
-const currentTitle = () => sessions.find((session) => session.id === wantedId)?.title ?? "";
+const titleOf = (id) => sessions.find((session) => session.id === id)?.title ?? "";
 
 // ---- conversation
 
@@ -218,11 +218,12 @@ async function send() {
   if (!text || conversation?.active) return;
   if (!conversation && !(await createSession())) return;
   const id = wantedId;
-  if (!currentTitle()) connection.command("session.update", { session_id: id, title: shortened(text) }).catch(() => {});
   setInput("");
   const turn = { session_id: id, key: newKey(), input: text };
   const answer = await attempt(() => connection.command("response.create", turn));
   if (!answer && !$("input").value) setInput(text);
+  const title = shortened(text);
+  if (answer && !titleOf(id)) await attempt(() => connection.command("session.update", { session_id: id, title }));
 }
 
 function stop() {

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import pytest
-import pytest_asyncio
 
 from chatserve.client import ChatClient
 from chatserve.client.errors import CommandFailedError
-from tests.e2e.serving import ServerProcess, new_session, reply_to
+from tests.e2e.talking import new_session, reply_to
 
 RULES = "You are a friendly assistant. " * 40
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(tmp_path_factory):
-    """One server for the tests of this module; they do not harm it."""
-    server = await ServerProcess.start(tmp_path_factory.mktemp("e2e") / "data")
-    yield server
-    await server.stop()
-
-
-@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("encoding", ["msgpack", "json"])
-async def test_told_facts_are_remembered(server, encoding):
+async def test_told_facts_are_remembered(live_server, encoding):
     """What was said turns ago is answered, and each later turn finds its history cached."""
-    async with ChatClient(server.url, encoding=encoding) as client:
+    async with ChatClient(live_server.url, encoding=encoding) as client:
         session_id = await new_session(client)
         replies = [
             await reply_to(client, session_id, line)
@@ -40,10 +30,9 @@ async def test_told_facts_are_remembered(server, encoding):
         assert usage["cached_tokens_details"]["device"] == usage["input_tokens_details"]["cached_tokens"]
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_sessions_share_a_beginning(server):
+async def test_sessions_share_a_beginning(live_server):
     """A second session with the same instructions finds their tokens cached in its first turn."""
-    async with ChatClient(server.url) as client:
+    async with ChatClient(live_server.url) as client:
         cached = []
         for _ in range(2):
             session_id = await new_session(client, instructions=RULES)
@@ -53,10 +42,9 @@ async def test_sessions_share_a_beginning(server):
     assert cached[1] > 150
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_fork_shares_and_parts(server):
+async def test_fork_shares_and_parts(live_server):
     """A fork answers from the common history, reuses it, and leaves the original alone."""
-    async with ChatClient(server.url) as client:
+    async with ChatClient(live_server.url) as client:
         session_id = await new_session(client)
         first = await reply_to(client, session_id, "My cat is called Velma.")
         answer = await client.command("session.fork", session_id=session_id, at_message_id=first["message_id"], key="f")
@@ -70,10 +58,9 @@ async def test_fork_shares_and_parts(server):
     assert "Mimi" in original["text"]
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_regenerate_and_edit(server):
+async def test_regenerate_and_edit(live_server):
     """Regenerating repeats a greedy reply; editing an earlier message changes what is remembered."""
-    async with ChatClient(server.url) as client:
+    async with ChatClient(live_server.url) as client:
         session_id = await new_session(client)
         accepted = await client.send(session_id, "My name is Zorvin.", temperature=0)
         events = [event async for event in _until_end(client, accepted["response_id"])]
@@ -87,10 +74,9 @@ async def test_regenerate_and_edit(server):
     assert "Quilla" in answer["text"]
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_cancel_keeps_what_was_said(server):
+async def test_cancel_keeps_what_was_said(live_server):
     """A cancelled reply keeps its text, ends once, and the next turn goes on from it."""
-    async with ChatClient(server.url) as client:
+    async with ChatClient(live_server.url) as client:
         session_id = await new_session(client)
         accepted = await client.send(session_id, "Count from 1 to 90.", temperature=0)
         kinds = []
@@ -106,10 +92,9 @@ async def test_cancel_keeps_what_was_said(server):
     assert after["cache"]["result"] == "hit"
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_stop_string_ends_the_reply(server):
+async def test_stop_string_ends_the_reply(live_server):
     """A stop string ends the reply before it and is not part of the text."""
-    async with ChatClient(server.url) as client:
+    async with ChatClient(live_server.url) as client:
         session_id = await new_session(client)
         reply = await reply_to(client, session_id, "Count from 1 to 30.", stop=["9"])
         after = await reply_to(client, session_id, "Thank you!")
@@ -119,10 +104,9 @@ async def test_stop_string_ends_the_reply(server):
     assert after["status"] == "completed"
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_too_long_input_is_refused_with_the_remedy(server):
+async def test_too_long_input_is_refused_with_the_remedy(live_server):
     """Input beyond the context is refused with the numbers, and the session stays usable."""
-    async with ChatClient(server.url) as client:
+    async with ChatClient(live_server.url) as client:
         session_id = await new_session(client)
         with pytest.raises(CommandFailedError) as failure:
             await client.send(session_id, "word " * 9000)

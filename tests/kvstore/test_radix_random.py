@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from kvstore import KVLayout, RadixIndex, Resident
 
@@ -198,3 +199,14 @@ class RadixMachine(RuleBasedStateMachine):
 
 TestRadix = RadixMachine.TestCase
 TestRadix.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.soak
+def test_many_more_random_paths():
+    """The same for longer."""
+    run_state_machine_as_test(
+        RadixMachine,
+        settings=settings(
+            max_examples=5000, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

@@ -5,9 +5,17 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvstore import Lease, OutOfPages
 from tests.kvstore.fakes import (
@@ -22,11 +30,18 @@ from tests.kvstore.fakes import (
     write_rows,
 )
 
-SESSIONS = [f"s{number}" for number in range(6)]
-SALTS = [b"red", b"blue"]
+SESSIONS = [f"s{number}" for number in range(5)]
 MAX_TOKENS = 80
-session_ids = st.sampled_from(SESSIONS)
-some_tokens = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+picks = st.integers(0, 11)  # one of those that qualify, counted round
+lengths = st.integers(1, 35)
+
+
+def _beginning(trunk, cut, token, count):
+    """Part of one of two long texts, then something of its own: histories that agree up to any token."""
+    return [(place * (trunk + 3)) % 7 for place in range(cut)] + [100 + token] * count
+
+
+token_lists = st.builds(_beginning, st.integers(0, 1), st.integers(0, 60), st.integers(0, 3), lengths)
 
 
 @dataclass
@@ -43,91 +58,88 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(
         token_bytes=st.sampled_from(sorted(TOKEN_SHAPES)),
-        pages=st.one_of(st.integers(1, 3), st.integers(4, 40), st.just(400)),
-        max_ranges=st.integers(1, 6),
+        budget_tokens=st.one_of(st.integers(1, 30), st.integers(30, 200), st.just(2000)),
+        max_ranges=st.integers(1, 5),
         prefix_sharing=st.sampled_from([True, True, True, False]),
         max_mappings=st.sampled_from([None, None, 12, 30]),
-        tile_tokens=st.sampled_from([0, 0, 5]),
+        tile_tokens=st.sampled_from([0, 5]),
     )
-    def make(self, token_bytes, pages, max_ranges, prefix_sharing, max_mappings, tile_tokens):
-        pages = max(pages, -(-token_bytes // PAGE_BYTES))
+    def make(self, token_bytes, budget_tokens, max_ranges, prefix_sharing, max_mappings, tile_tokens):
+        pages = -(-budget_tokens * token_bytes // PAGE_BYTES)
         self.memory = FlakyMemory(max_mappings=max_mappings)
         self.store = make_store(
             token_bytes=token_bytes, pages=pages + (tile_tokens > 0), max_ranges=max_ranges, max_tokens=MAX_TOKENS,
             memory=self.memory, prefix_sharing=prefix_sharing, tile_tokens=tile_tokens,
             clock=itertools.count().__next__, floor_bytes=8192,
         )  # fmt: skip
-        self.ample = pages == 400 and max_mappings is None
+        self.ample = budget_tokens == 2000 and max_mappings is None
         self.sharing = prefix_sharing
         self.reliable = True  # no refusal was injected: nothing may fail when there is ample memory
         self.sessions: dict[str, Plain] = {}
         self.histories: list[tuple[str, bytes, list[int]]] = []  # every history whose rows were released
 
-    @rule(session_id=session_ids, salt=st.sampled_from(SALTS), token_ids=some_tokens, reuse=st.booleans())
-    def begin_anew(self, session_id, salt, token_ids, reuse):
-        """A session turns up with tokens that may or may not begin as others do."""
-        self._lease(session_id, salt, token_ids, reuse or len(token_ids) % 3 > 0)
+    @rule(pick=picks, red=st.booleans(), token_ids=token_lists, reuse=st.sampled_from([True, True, False]))
+    def turn(self, pick, red, token_ids, reuse):
+        """A session turns up with tokens that may or may not begin as others do, and takes one turn."""
+        self._whole_turn(SESSIONS[pick % len(SESSIONS)], b"red" if red else b"blue", token_ids, reuse)
 
-    @rule(session_id=session_ids, new_tokens=some_tokens)
-    def go_on(self, session_id, new_tokens):
-        """The next turn of a session."""
-        if session_id in self.sessions:
+    @rule(pick=picks, length=lengths, token=st.integers(0, 2), cut=st.integers(0, 3))
+    def next_turn(self, pick, length, token, cut):
+        """A session goes on, or is regenerated from some tokens before its end."""
+        session_id = self._pick(pick, leased=False)
+        if session_id:
             plain = self.sessions[session_id]
-            self._lease(session_id, plain.salt, plain.token_ids + new_tokens)
+            kept = plain.token_ids[: len(plain.token_ids) - cut]
+            self._whole_turn(session_id, plain.salt, kept + [100 + token] * length)
 
-    @rule(session_id=session_ids, kept=st.integers(1, MAX_TOKENS), new_tokens=some_tokens)
-    def branch(self, session_id, kept, new_tokens):
-        """A session goes back to an earlier point and continues otherwise: edit, regenerate."""
-        if session_id in self.sessions:
-            plain = self.sessions[session_id]
-            self._lease(session_id, plain.salt, plain.token_ids[:kept] + new_tokens)
+    @rule(pick=picks, into=picks, kept=st.integers(1, MAX_TOKENS), token=st.integers(0, 2), other_tenant=st.booleans())
+    def fork(self, pick, into, kept, token, other_tenant):
+        """A session, perhaps the same one, begins as some session did, perhaps another tenant's."""
+        source = self._pick(pick, leased=pick % 2 > 0)
+        if source:
+            plain = self.sessions[source]
+            salt = b"red" if other_tenant else plain.salt
+            self._lease(SESSIONS[into % len(SESSIONS)], salt, [*plain.token_ids[:kept], 200 + token])
 
-    @rule(session_id=session_ids, other=session_ids, salt=st.sampled_from(SALTS), kept=st.integers(1, MAX_TOKENS))
-    def fork(self, session_id, other, salt, kept):
-        """A session begins as another one did, in its own tenant or the wrong one."""
-        if other in self.sessions:
-            self._lease(session_id, salt, self.sessions[other].token_ids[:kept])
+    @rule(pick=picks, token_ids=token_lists)
+    def begin(self, pick, token_ids):
+        """A session is leased and stays so while others take their turns."""
+        self._lease(SESSIONS[pick % len(SESSIONS)], b"red", token_ids)
 
-    @rule(session_id=session_ids, num_tokens=st.integers(1, 40))
-    def write(self, session_id, num_tokens):
+    @rule(pick=picks, num_tokens=lengths)
+    def write(self, pick, num_tokens):
         """A leased session computes some of its missing rows."""
-        plain = self.sessions.get(session_id)
-        if plain and plain.lease:
-            before = (plain.lease.kv_length, plain.lease.capacity_tokens)
-            try:
-                write_rows(self.store, plain.lease, plain.salt, plain.token_ids[: plain.lease.kv_length + num_tokens])
-            except OutOfPages:
-                assert not self.ample or not self.reliable
-                assert before == (plain.lease.kv_length, plain.lease.capacity_tokens)
+        session_id = self._pick(pick, leased=True)
+        if session_id:
+            self._write(self.sessions[session_id], num_tokens)
 
-    @rule(session_id=session_ids)
-    def grow_ahead(self, session_id):
+    @rule(pick=picks)
+    def grow_ahead(self, pick):
         """Rows are mapped that may never be written; they must be zeros, whoever had their pages before."""
-        plain = self.sessions.get(session_id)
-        if plain and plain.lease:
-            try:
-                plain.lease.grow(len(plain.token_ids))
-            except OutOfPages:
-                assert not self.ample or not self.reliable
-            lease = plain.lease
-            assert not rows_of(self.store, lease.base_token, lease.kv_length, lease.capacity_tokens).any()
+        session_id = self._pick(pick, leased=True)
+        if session_id is None:
+            return
+        lease, token_ids = self.sessions[session_id].lease, self.sessions[session_id].token_ids
+        before = (lease.kv_length, lease.capacity_tokens)
+        try:
+            lease.grow(len(token_ids))
+        except OutOfPages:
+            assert not self.ample or not self.reliable
+            assert before == (lease.kv_length, lease.capacity_tokens)
+        assert not rows_of(self.store, lease.base_token, lease.kv_length, lease.capacity_tokens).any()
 
-    @rule(session_id=session_ids)
-    def release(self, session_id):
+    @rule(pick=picks)
+    def release(self, pick):
         """A turn ends, finished or not."""
-        plain = self.sessions.get(session_id)
-        if plain and plain.lease:
-            written = plain.token_ids[: plain.lease.kv_length]
-            self.histories.append((session_id, plain.salt, written))
-            plain.lease.release()
-            plain.lease.release()
-            plain.lease = None
+        session_id = self._pick(pick, leased=True)
+        if session_id:
+            self._release(session_id)
 
-    @rule(session_id=session_ids)
-    def drop(self, session_id):
+    @rule(pick=picks)
+    def drop(self, pick):
         """A session is deleted."""
-        plain = self.sessions.get(session_id)
-        if plain is None or plain.lease is None:
+        session_id = self._pick(pick, leased=False)
+        if session_id:
             self.store.drop_session(session_id)
             assert session_id not in self.store.sessions()
             if not self.sharing:
@@ -171,10 +183,21 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             self.store.close()
 
+    def _pick(self, pick, leased):
+        """Some session that is leased, or is not; None when there is none."""
+        known = [name for name, plain in self.sessions.items() if (plain.lease is not None) == leased]
+        return known[pick % len(known)] if known else None
+
+    def _whole_turn(self, session_id, salt, token_ids, reuse=True):
+        if self._lease(session_id, salt, token_ids, reuse):
+            self._write(self.sessions[session_id], MAX_TOKENS)
+            self._release(session_id)
+
     def _lease(self, session_id, salt, token_ids, reuse=True):
+        """Lease the session unless it is leased; whether it is now, with as many rows as there should be."""
         plain = self.sessions.get(session_id)
         if plain and plain.lease:
-            return
+            return False
         token_ids = token_ids[: self.store.max_session_tokens]
         expected = self._expected(session_id, salt, token_ids)
         most = self._most(session_id, salt, token_ids)
@@ -184,15 +207,27 @@ class StoreMachine(RuleBasedStateMachine):
         except OutOfPages:
             leased = [other for other in self.sessions.values() if other.lease]
             assert not undisturbed or len(leased) == self.store.stats().num_ranges
-            if plain:  # it may have lost mapped rows, never got wrong ones
-                plain.token_ids = plain.token_ids[: self.store.resident_tokens(session_id)] or plain.token_ids
-                if session_id in self.store.sessions() and plain.salt != salt:
-                    assert self.store.resident_tokens(session_id) == 0
-            return
+            return False  # it may have lost mapped rows; that it got no wrong ones is checked after every step
         self.sessions[session_id] = Plain(salt, list(token_ids), lease)
         assert lease.kv_length == lease.num_cached_tokens <= lease.capacity_tokens
         assert lease.kv_length <= (most if reuse else 0)
         assert lease.kv_length >= expected or not undisturbed or not reuse
+        return True
+
+    def _write(self, plain, num_tokens):
+        before = (plain.lease.kv_length, plain.lease.capacity_tokens)
+        try:
+            write_rows(self.store, plain.lease, plain.salt, plain.token_ids[: plain.lease.kv_length + num_tokens])
+        except OutOfPages:
+            assert not self.ample or not self.reliable
+            assert before == (plain.lease.kv_length, plain.lease.capacity_tokens)
+
+    def _release(self, session_id):
+        plain = self.sessions[session_id]
+        self.histories.append((session_id, plain.salt, plain.token_ids[: plain.lease.kv_length]))
+        plain.lease.release()
+        plain.lease.release()
+        plain.lease = None
 
     def _expected(self, session_id, salt, token_ids):
         """With no eviction: everything some released history shares with this one, to the token."""
@@ -212,6 +247,17 @@ def _shared(left, right):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None,
+    max_examples=100, stateful_step_count=40, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
+
+
+@pytest.mark.soak
+def test_many_more_random_turns():
+    """The same for longer."""
+    run_state_machine_as_test(
+        StoreMachine,
+        settings=settings(
+            max_examples=3000, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

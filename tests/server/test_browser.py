@@ -180,6 +180,7 @@ async def test_refusal_is_shown(served, open_page):
     served.sessions.fault = served.sessions.refusal("the context is full; start a new session")
     await say(page, "one more")
     await expect(page.get_by_role("alert")).to_have_text("the context is full; start a new session")
+    await expect(page.locator("#title")).to_have_text("hello")
     await expect(page.get_by_label("Message", exact=True)).to_have_value("one more")
 
 
@@ -209,6 +210,10 @@ async def test_phone(served, open_page, scheme):
     await expect(page.locator("#sessions button")).to_be_visible()
     await page.keyboard.press("Escape")
     await expect(page.locator("#sidebar")).to_be_hidden()
+    served.services.hub.begin_drain(0)
+    await served.services.hub.close_all(1012, "restart", 2.0)
+    await expect(page.locator("#connection")).to_be_visible()
+    assert await page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
 
 
 async def test_everything_has_a_name(served, open_page):

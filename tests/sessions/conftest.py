@@ -98,6 +98,20 @@ def command(name: str, **fields: Any) -> Any:
     return made
 
 
+def assert_coherent(events: list[Any]) -> None:
+    """One terminal event, no gap, and every text in agreement with every other."""
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert [event["type"] in TERMINAL for event in events] == [False] * (len(events) - 1) + [True]
+    text = ""
+    for event in events:
+        if event["type"].endswith("delta"):
+            assert event["offset"] == len(text)
+            text += event["delta"]
+        if event["type"] == "response.resumed":
+            assert event["offset"] == len(text)
+    assert text == events[-2]["text"] == events[-1]["response"]["text"]
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedRedis]:
     """A running Redis, shared."""

@@ -141,7 +141,7 @@ def test_a_restored_account_is_not_told_again() -> None:
 async def test_the_first_token_is_sent_at_once_and_later_ones_merged(stage: Stage) -> None:
     """The first text does not wait; what comes within the interval becomes one delta."""
     engine = FakeEngine(lambda ids: 70, gated=True)
-    chat = await stage.start(engine, limits=SessionLimits(delta_interval_s=0.2))
+    chat = await stage.start(engine, limits=SessionLimits(delta_interval_s=0.6))
     session_id = await chat.create()
     await chat.send(session_id, "a", max_output_tokens=12)
     loop = asyncio.get_running_loop()
@@ -153,9 +153,9 @@ async def test_the_first_token_is_sent_at_once_and_later_ones_merged(stage: Stag
         engine.allow(2)
         await asyncio.sleep(0.01)
     second = (await chat.events(session_id, first["seq"], until=["response.output_text.delta"]))[-1]
-    assert waited_s < 0.1
+    assert waited_s < 0.4
     assert second["delta"] == first["delta"] * 10
-    assert 0.15 < loop.time() - began_s < 1.0
+    assert 0.5 < loop.time() - began_s < 5.0
     engine.allow(100)
     await chat.events(session_id)
 

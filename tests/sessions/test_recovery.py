@@ -9,7 +9,15 @@ import pytest
 
 from chatserve.errors import Overloaded, Unavailable
 from chatserve.sessions.limits import SessionLimits
-from tests.sessions.conftest import LIMITS, TERMINAL, TOKENIZER, Chat, Stage, pseudo_random_token, saying
+from tests.sessions.conftest import (
+    LIMITS,
+    TOKENIZER,
+    Chat,
+    Stage,
+    assert_coherent,
+    pseudo_random_token,
+    saying,
+)
 from tests.sessions.fakes import FakeEngine
 
 ONE_BY_ONE = SessionLimits(delta_interval_s=0.0, delta_tokens=1, store_retry_s=0.005, requeue_delay_s=0.005)
@@ -41,20 +49,6 @@ async def cut_and_continued(
     engine = make_engine()
     successor = await stage.start(engine, limits=ONE_BY_ONE)
     return await successor.events(session_id), engine, successor, session_id
-
-
-def assert_coherent(events: list[Any]) -> None:
-    """One terminal event, no gap, and every text in agreement with every other."""
-    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
-    assert [event["type"] in TERMINAL for event in events] == [False] * (len(events) - 1) + [True]
-    text = ""
-    for event in events:
-        if event["type"].endswith("delta"):
-            assert event["offset"] == len(text)
-            text += event["delta"]
-        if event["type"] == "response.resumed":
-            assert event["offset"] == len(text)
-    assert text == events[-2]["text"] == events[-1]["response"]["text"]
 
 
 @pytest.mark.parametrize("cut_after", range(3, 20))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,21 @@ import pytest
 from chatserve.errors import ServiceError, Unavailable
 from chatserve.protocol.codec import from_wire
 from chatserve.sessions.limits import SessionLimits
+from chatserve.storage.connection import open_redis
+from chatserve.storage.embedded import EmbeddedRedis
 from chatserve.storage.session_store import StorageUnavailable
-from tests.sessions.conftest import TERMINAL, TOKENIZER, Chat, Stage, command, pseudo_random_token, saying
+from chatserve.text.pipeline import TextPipeline
+from tests.sessions.conftest import (
+    TERMINAL,
+    TOKENIZER,
+    Chat,
+    Stage,
+    assert_coherent,
+    command,
+    pseudo_random_token,
+    saying,
+)
 from tests.sessions.fakes import FakeEngine
-from tests.sessions.test_recovery import assert_coherent
 
 PATIENT = SessionLimits(delta_interval_s=0.0, store_retry_s=0.002, requeue_delay_s=0.002, cancel_grace_s=0.2)
 IMPATIENT = SessionLimits(
@@ -246,3 +260,28 @@ async def test_a_reader_of_old_events_waits_for_the_store(stage: Stage) -> None:
     assert not reading.done()
     line.away = False
     assert (await reading)[-1] == terminal
+
+
+async def test_a_redis_that_is_killed_costs_nothing(text: TextPipeline, tmp_path: Path) -> None:
+    """The real thing dies twice in mid-answer and is started again: one whole reply, every event once."""
+    server = EmbeddedRedis(tmp_path / "data")
+    await server.start()
+    try:
+        async with open_redis(f"unix://{server.socket_path}", tmp_path) as redis:
+            stage = Stage(redis, text)
+            chat = await stage.start(FakeEngine(pseudo_random_token, pace_s=0.01), limits=PATIENT)
+            session_id = await chat.create()
+            await chat.send(session_id, "a", max_output_tokens=60, ignore_eos=True)
+            for _ in range(2):
+                await asyncio.sleep(0.15)
+                assert server.pid is not None
+                os.kill(server.pid, signal.SIGKILL)
+            events = await chat.events(session_id)
+            stored = await stage.stores[0].read_log(session_id, 0, 1000)
+            await chat.manager.close()
+            await stage.stores[0].close()
+    finally:
+        await server.stop()
+    assert_coherent(events)
+    assert events[-1]["response"]["usage"]["output_tokens"] == 60
+    assert [from_wire(entry.wire) for entry in stored] == events

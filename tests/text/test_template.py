@@ -66,6 +66,15 @@ async def test_appended_turns_equal_the_whole_render(family: str, turns: Any, da
         assert appended == whole
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_white_space_is_trimmed_where_the_template_trims(family: str) -> None:
+    """Some templates drop blanks and line ends around a message, in the first turn or all; so does appending."""
+    turns = [("\n\t hi \n\n", "Well ok"), (" \n hey\t\n", "Well ok"), ("\n\nho  ", "Well ok")]
+    for instructions in (None, "\n be kind \n"):
+        for appended, whole in await prompts_of(FAMILIES[family](), turns, instructions):
+            assert appended == whole
+
+
 async def test_a_template_with_default_instructions_writes_them() -> None:
     """Without instructions the template's own system message stands at the beginning."""
     tokenizer = chatml()
