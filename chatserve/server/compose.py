@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from chatserve.engine.api import EngineInfo
 from chatserve.engine.client import EngineClient
 from chatserve.engine.config import EngineConfig
 from chatserve.pretrained import load_pretrained
@@ -31,6 +32,10 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
     config = engine_config(settings)
     instance_id = secrets.token_hex(8)
     async with AsyncExitStack() as stack:
+        engine = EngineClient(config)
+        stack.push_async_callback(engine.close)
+        starting = asyncio.create_task(engine.start(), name="engine-start")  # loads while the rest gets ready
+        stack.push_async_callback(_settle, starting)
         report(f"Reading the tokenizer of {settings.model}")
         text = await asyncio.to_thread(_load_text, settings.model)
         report("Opening the session store")
@@ -40,9 +45,7 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         records = RedisSessionRecords(redis, instance_id)
         stack.push_async_callback(records.close)
         report(f"Loading {settings.model}")
-        engine = EngineClient(config)
-        stack.push_async_callback(engine.close)
-        await engine.start()
+        await starting
         report("Taking up the sessions")
         sessions = SessionManager(store, engine, text, records, SessionLimits(resume_ttl_s=settings.resume_ttl_s))
         stack.push_async_callback(sessions.close)
@@ -55,6 +58,12 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
             access=Access(keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host),
             ping_store=store.ping,
         )
+
+
+async def _settle(task: asyncio.Task[EngineInfo]) -> None:
+    """Wait for the task's end, which is now if it has not come yet."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def engine_config(settings: ServeSettings) -> EngineConfig:

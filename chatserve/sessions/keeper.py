@@ -61,7 +61,9 @@ class TurnKeeper:
         """Settle what is open in a session and go on with its response, as soon as the store allows."""
         if self._is_open and live.id not in self._mending:
             self._mending.add(live.id)
-            self._tasks.spawn(self._mend(live, delay_s), name=f"mend-{live.id}")
+            pin = ExitStack()
+            pin.enter_context(self._registry.using(live))  # from now on: before the task begins it could leave memory
+            self._tasks.spawn(self._mend(live, delay_s, pin), name=f"mend-{live.id}")
 
     async def drain(self, timeout_s: float) -> None:
         """Begin nothing more; wait for what runs, then leave it to whoever has the sessions next."""
@@ -83,9 +85,9 @@ class TurnKeeper:
             self.mend(live, 0.0 if turn.finished else self._tools.limits.requeue_delay_s)
         pin.close()
 
-    async def _mend(self, live: LiveSession, delay_s: float) -> None:
+    async def _mend(self, live: LiveSession, delay_s: float, pin: ExitStack) -> None:
         try:
-            with self._registry.using(live):
+            with pin:
                 await asyncio.sleep(delay_s)
                 if await self._settled(live):
                     await self._go_on(live)
@@ -100,8 +102,10 @@ class TurnKeeper:
             except StorageUnavailable:
                 await asyncio.sleep(self._tools.limits.store_retry_s)
             except (FenceLost, NotFound) as reason:
-                self._registry.drop(live)
+                self._registry.drop(live, reason)
                 live.tail.end(reason)
+                if live.turn is not None:
+                    live.turn.abandon()
                 return False
             else:
                 return True

@@ -221,7 +221,7 @@ class SessionManager:
         async with self._registry.use(session_id, tenant) as live, live.lock:
             await self._end_turn(live)
             await self._store.delete(session_id, tenant)
-            self._registry.drop(live)
+            self._registry.drop(live, NotFound(f"there is no session {session_id!r}", param="session_id"))
             self._engine.forget_session(session_id)
             last = events.stamp(events.session_deleted(), live.id, live.tail.head_seq + 1, self._now_ms())
             live.tail.publish([LogEntry(live.tail.head_seq + 1, to_wire(last))])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
+from chatserve.storage.records import RecordChanges
 from chatserve.storage.session_store import IdempotencyKey, LogEntry, MessageRecord, SessionMeta, StoredKey
 
 
@@ -57,4 +58,4 @@ class Store(Protocol):
 class Records(Protocol):
     """What eviction reads about a session; written without waiting."""
 
-    def touch(self, session_id: str, **changes: Any) -> None: ...
+    def touch(self, session_id: str, **changes: Unpack[RecordChanges]) -> None: ...

@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from chatserve.errors import NotFound
+from chatserve.errors import NotFound, ServiceError
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.ports import Store
 from chatserve.sessions.recovery import load_messages
 from chatserve.sessions.session import LiveSession
+from chatserve.storage.session_store import FenceLost
 
 
 class SessionRegistry:
@@ -38,8 +39,9 @@ class SessionRegistry:
     def __len__(self) -> int:
         return len(self._live)
 
-    def drop(self, live: LiveSession) -> None:
+    def drop(self, live: LiveSession, reason: ServiceError) -> None:
         """Take a session out of use: it was deleted, or another server has it."""
+        live.retire(reason)
         if self._live.get(live.id) is live:
             del self._live[live.id]
             self._idle.pop(live.id, None)
@@ -84,11 +86,12 @@ class SessionRegistry:
         meta = await self._store.take_fence(session_id)
         messages = await load_messages(self._store, meta, self._limits)
         live = LiveSession(self._store, meta, messages, self._limits, self._clock)
-        self._live[live.id] = self._idle[live.id] = live
-        self._forget_idle()
-        self._on_loaded(live)
+        self._live[live.id] = live
+        with self.using(live):
+            self._on_loaded(live)
 
     def _forget_idle(self) -> None:
         while len(self._idle) > self._limits.max_idle_sessions:
-            session_id, _ = self._idle.popitem(last=False)
+            session_id, live = self._idle.popitem(last=False)
             del self._live[session_id]
+            live.retire(FenceLost(f"session {session_id!r} left memory; send this again"))

@@ -97,6 +97,7 @@ class LiveSession:
         self._clock = clock
         self._write_lock = asyncio.Lock()
         self._doubt: Change | None = None
+        self._retired: ServiceError | None = None
 
     @property
     def id(self) -> str:
@@ -119,6 +120,8 @@ class LiveSession:
         StorageUnavailable or FenceLost the outcome is open until `settle`.
         """
         async with self._write_lock:
+            if self._retired is not None:
+                raise self._retired
             await self._settle()
             if change.applied:
                 return None
@@ -149,6 +152,10 @@ class LiveSession:
         """Find out about a write of unknown outcome. Raises StorageUnavailable, FenceLost or NotFound."""
         async with self._write_lock:
             await self._settle()
+
+    def retire(self, reason: ServiceError) -> None:
+        """Write nothing more through this object: two of one session would write over one another."""
+        self._retired = reason
 
     async def _settle(self) -> None:
         change = self._doubt
