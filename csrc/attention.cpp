@@ -41,6 +41,7 @@ template <int Lanes>
 struct Simd {
   typedef float Vec __attribute__((vector_size(Lanes * 4)));
   typedef int32_t Ints __attribute__((vector_size(Lanes * 4)));
+  typedef uint32_t Bits __attribute__((vector_size(Lanes * 4)));
   typedef float Loose __attribute__((vector_size(Lanes * 4), aligned(4), may_alias));
 
   static Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
@@ -62,8 +63,8 @@ struct Simd {
     y = y * f + 2.402264791363012e-1f;
     y = y * f + 6.931472028550421e-1f;
     y = y * f + 1.0f;
-    Ints bits;
-    Ints steps;
+    Bits bits;
+    Bits steps;
     std::memcpy(&bits, &y, sizeof bits);
     std::memcpy(&steps, &shifted, sizeof steps);
     bits += steps << 23;

@@ -48,14 +48,20 @@ def _check_session(session: Session, residency: Residency) -> None:
     resident, pages = session.resident, session.tensor.pages.view
     path = residency.index.path_pages(resident)
     ensure(np.array_equal(pages[: resident.num_pages], path), f"{session.session_id!r} maps other pages than indexed")
-    if session.lease is not None:
-        check_frontier(session, residency.pool)
-        ensure(session.tensor.is_guarded, f"{session.session_id!r} is leased without its guard pages")
-        ensure(len(session.lease.tokens) == session.tensor.num_tokens, "a lease's tokens are not its rows")
-        return
     tail = resident.tail_node.tail if resident.tail_node else None
-    ensure(
-        pages[resident.num_pages :].tolist() == ([tail.page] if tail else []), "an idle session maps a page too many"
-    )
-    usable = resident.tail_node.end if resident.tail_node else session.tensor.capacity_tokens
-    ensure(session.tensor.num_tokens == usable, f"idle {session.session_id!r} counts rows that it does not have")
+    ensure(tail is None or tail.owner is resident, f"{session.session_id!r} takes another's tail for its own")
+    ensure(tail is not None or resident.tail_node is None, f"{session.session_id!r} owns a tail that is gone")
+    if session.lease is None:
+        _check_idle(session)
+        return
+    check_frontier(session, residency.pool)
+    ensure(session.tensor.is_guarded, f"{session.session_id!r} is leased without its guard pages")
+    ensure(len(session.lease.tokens) == session.tensor.num_tokens, "a lease's tokens are not its rows")
+
+
+def _check_idle(session: Session) -> None:
+    node, tensor = session.resident.tail_node, session.tensor
+    behind = tensor.pages.view[session.resident.num_pages :].tolist()
+    ensure(behind == ([node.tail.page] if node and node.tail else []), "an idle session maps a page too many")
+    usable = node.end if node else tensor.capacity_tokens
+    ensure(tensor.num_tokens == usable, f"idle {session.session_id!r} counts rows that it does not have")

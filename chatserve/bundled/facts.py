@@ -150,12 +150,14 @@ class Facts:
             return mention
         return Mention(pronoun(self.rng, key.owner), self.focus[2])
 
-    def look_at(self, kind: p.Kind, key: Key) -> None:
-        """Notes whom the turn under way is about."""
-        person = (
-            key.owner if kind.keys == "person" else "my " + key.noun if key.noun in PERSONS and not key.owner else ""
-        )
-        self.focus = (len(self.messages) + 2, person) if person else None
+    def look_at(self, kind: p.Kind, key: Key, reply: str) -> None:
+        """Notes whom the turn under way is about, and how the reply calls them."""
+        if kind.keys == "person":
+            self.focus = (len(self.messages) + 2, key.owner, reply)
+        elif key.noun in PERSONS and not key.owner:
+            self.focus = (len(self.messages) + 2, "my " + key.noun, "your " + key.noun)
+        else:
+            self.focus = None
 
     def clause(self, template: str, reply: str, kind: p.Kind, value: str) -> str:
         return template.replace("{r}", reply).replace("{w}", replied(value) if kind.values == "place" else value)

@@ -33,6 +33,7 @@ SHORT_STEPS = 500
 SHORT_SHARE = 0.2
 CHARS_PER_TOKEN = 2.05
 WARMUP = 0.02
+PATIENCE_S = 120
 MASTER = "master.safetensors"
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -125,7 +126,7 @@ def batches(options: Options) -> Iterator[Batch]:
         context.Process(target=work, args=arguments, daemon=True).start()
     step = 0
     while True:
-        ids, positions = queues[step % len(queues)].get()
+        ids, positions = queues[step % len(queues)].get(timeout=PATIENCE_S)
         yield on_device(ids, positions, options.device)
         step += 1
 

@@ -90,9 +90,10 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
     dtype = _dtype(config)
     decoder = load_decoder(pretrained, model, dtype=dtype, device=torch.device(config.device))
     store = _build_store(config, model, pretrained, dtype)
+    runner = Runner(decoder, store.arena)
     core = EngineCore(
         store,
-        Runner(decoder, store.arena),
+        runner,
         max_context=_max_context(config, model),
         max_step_tokens=config.max_step_tokens,
         max_running=config.max_running,
@@ -106,7 +107,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         token_bytes=store.layout.token_bytes,
         device=config.device,
         dtype=str(dtype).removeprefix("torch."),
-        attention="torch SDPA on strided views",
+        attention=runner.attention_name,
     )
     return core, info
 

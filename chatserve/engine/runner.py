@@ -23,6 +23,11 @@ class Runner:
         self._decoder = decoder
         self._attention = CpuAttention(arena)
 
+    @property
+    def attention_name(self) -> str:
+        """Which kernels attend, for the operator."""
+        return self._attention.attention_name
+
     def run(self, work: Sequence[Work]) -> dict[Request, int]:
         """Compute the work in one batch; returns the next token of each request whose last token was in it."""
         input_ids: list[int] = []

@@ -247,23 +247,10 @@ def _openmp_entry() -> int | None:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    pointer, number = c_void_p, c_int64
-    library.chatserve_scratch_floats.argtypes = [pointer, pointer, number]
-    library.chatserve_scratch_floats.restype = number
-    rows = [pointer, number]
-    library.chatserve_attend.argtypes = [
-        pointer,
-        pointer,
-        number,
-        pointer,
-        number,
-        *rows,
-        *rows,
-        *rows,
-        pointer,
-        number,
-        pointer,
-    ]
+    p, n = c_void_p, c_int64
+    library.chatserve_scratch_floats.argtypes = [p, p, n]
+    library.chatserve_scratch_floats.restype = n
+    library.chatserve_attend.argtypes = [p, p, n, p, n, p, n, p, n, p, n, p, n, p]
     library.chatserve_attend.restype = None
 
 

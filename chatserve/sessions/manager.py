@@ -241,10 +241,11 @@ class SessionManager:
 
     async def _create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
         async with self._registry.use(command.session_id, tenant) as live, live.lock:
+            await live.settle()  # first: a turn that is answered as a duplicate must show in the session
             earlier = await self._store.find_key(live.id, command.key)
             if earlier is not None:
                 return _accepted_before(earlier, command)
-            await self._check_free(live)
+            self._check_free(live)
             prepared = await prepare_turn(live, command, self._tools)
             self._check_open()
             earlier = await self._commit(live, prepared.change)
@@ -254,10 +255,9 @@ class SessionManager:
             self._note_turn(live, prepared.plan.num_prompt)
             return prepared.accepted
 
-    async def _check_free(self, live: LiveSession) -> None:
+    def _check_free(self, live: LiveSession) -> None:
         """Raise where no turn can begin now."""
         self._check_open()
-        await live.settle()
         if live.meta.active is not None:
             raise Conflict("the session has a running response: wait for its end, or cancel it first")
 

@@ -96,6 +96,19 @@ def test_truncation_into_the_own_tail_copies_it(store):
     assert run_turn(store, "other", RED, TALK[:36]) == 35
 
 
+def test_leased_session_keeps_the_page_when_its_tail_is_covered(store):
+    """Another session wrote further behind the same tokens; the tail leaves the index, not the lease that writes in it."""
+    run_turn(store, "a", RED, TALK[:35])
+    lease = store.lease("a", RED, TALK)
+    tail = pages_of(store, "a")[3]
+    run_turn(store, "b", RED, TALK[:39])
+    assert pages_of(store, "a")[3] == tail
+    assert store.stats().pages.private == 1
+    write_rows(store, lease, RED, TALK)
+    lease.release()
+    assert run_turn(store, "c", RED, [*TALK, 1]) == 60
+
+
 def test_same_prompt_computed_twice_at_once_is_kept_once(store):
     """Both started cold; the second to complete a page maps the first one's and frees its own."""
     leases = {name: store.lease(name, RED, TALK) for name in ("a", "b")}

@@ -83,23 +83,24 @@ class StoreMachine(RuleBasedStateMachine):
         """A session turns up with tokens that may or may not begin as others do, and takes one turn."""
         self._whole_turn(SESSIONS[pick % len(SESSIONS)], b"red" if red else b"blue", token_ids, reuse)
 
-    @rule(pick=picks, length=lengths, token=st.integers(0, 2), cut=st.integers(0, 3))
-    def next_turn(self, pick, length, token, cut):
-        """A session goes on, or is regenerated from some tokens before its end."""
+    @rule(pick=picks, length=lengths, token=st.integers(0, 2), cut=st.sampled_from([0, 0, 1, 5]), whole=st.booleans())
+    def next_turn(self, pick, length, token, cut, whole):
+        """A session goes on, or is regenerated from some tokens before its end; perhaps it stays leased."""
         session_id = self._pick(pick, leased=False)
         if session_id:
             plain = self.sessions[session_id]
             kept = plain.token_ids[: len(plain.token_ids) - cut]
-            self._whole_turn(session_id, plain.salt, kept + [100 + token] * length)
+            take_turn = self._whole_turn if whole else self._lease
+            take_turn(session_id, plain.salt, kept + [100 + token] * length)
 
-    @rule(pick=picks, into=picks, kept=st.integers(1, MAX_TOKENS), token=st.integers(0, 2), other_tenant=st.booleans())
-    def fork(self, pick, into, kept, token, other_tenant):
+    @rule(pick=picks, into=picks, kept=st.integers(1, MAX_TOKENS), length=lengths, red=st.booleans())
+    def fork(self, pick, into, kept, length, red):
         """A session, perhaps the same one, begins as some session did, perhaps another tenant's."""
         source = self._pick(pick, leased=pick % 2 > 0)
         if source:
             plain = self.sessions[source]
-            salt = b"red" if other_tenant else plain.salt
-            self._lease(SESSIONS[into % len(SESSIONS)], salt, [*plain.token_ids[:kept], 200 + token])
+            salt = b"red" if red else plain.salt
+            self._whole_turn(SESSIONS[into % len(SESSIONS)], salt, plain.token_ids[:kept] + [200 + length] * length)
 
     @rule(pick=picks, token_ids=token_lists)
     def begin(self, pick, token_ids):

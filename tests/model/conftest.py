@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from chatserve.model.native import NativeUnavailable, load_kernel
+
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
@@ -15,3 +17,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["native", "sdpa"])
+def attention_kind(request: pytest.FixtureRequest) -> str:
+    """Both kinds of CPU attention in turn; the C++ one only where this machine can compile it."""
+    found = load_kernel()
+    if request.param == "native" and isinstance(found, NativeUnavailable):
+        pytest.skip(str(found))
+    return str(request.param)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from chatserve.model.attention import CpuAttention, Span
+from chatserve.model.attention import CpuAttention, NativeAttention, SdpaAttention, Span
 from chatserve.model.config import model_config
 from chatserve.model.decoder import Decoder
+from chatserve.model.native import kernel_for
 from chatserve.model.weights import load_decoder
 from chatserve.pretrained import load_pretrained
 
@@ -38,6 +40,15 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return load_decoder(pretrained, model_config(pretrained), dtype=dtype, device=torch.device("cpu"))
 
 
+def native_attention(arena: Tensor) -> NativeAttention:
+    """The C++ kind; raises where this machine has none."""
+    return NativeAttention(arena, kernel_for(arena))
+
+
+AnyAttention = CpuAttention | NativeAttention | SdpaAttention
+KINDS: dict[str, Callable[[Tensor], AnyAttention]] = {"native": native_attention, "sdpa": SdpaAttention}
+
+
 @dataclass
 class Part:
     """Tokens [start, start + len(token_ids)) of the session whose token 0 lies in arena row `base_token`."""
@@ -50,12 +61,14 @@ class Part:
 class Driver:
     """A decoder with an arena full of NaN, so that reading a row nobody wrote shows in the logits."""
 
+    attention_for: ClassVar[Callable[[Tensor], AnyAttention]] = CpuAttention
+
     def __init__(self, decoder: Decoder, arena_tokens: int = 512) -> None:
         config = decoder.config
         shape = (arena_tokens, config.num_layers, 2, config.num_kv_heads, config.head_dim)
         self.arena = torch.full(shape, float("nan"), dtype=decoder.embedding.dtype)
         self._decoder = decoder
-        self._attention = CpuAttention(self.arena)
+        self._attention = type(self).attention_for(self.arena)
 
     def step(self, parts: Sequence[Part], logit_rows: Tensor | None = None) -> Tensor:
         """Run all parts in one step; logits of every token unless `logit_rows` chooses some."""

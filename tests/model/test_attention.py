@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chatserve.model.attention import CpuAttention, Span
+from chatserve.model.attention import Span
+from tests.model.oracle import KINDS
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
 
@@ -44,7 +45,9 @@ def plain_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_spans_equal_plain_attention(sessions: list[tuple[int, int]], group: int, seed: int) -> None:
+def test_spans_equal_plain_attention(
+    attention_kind: str, sessions: list[tuple[int, int]], group: int, seed: int
+) -> None:
     """Every span of a mixed step attends to exactly its own history, whatever its length and query count."""
     generator = torch.Generator().manual_seed(seed)
     arena = strided_arena(40 * len(sessions))
@@ -60,7 +63,7 @@ def test_spans_equal_plain_attention(sessions: list[tuple[int, int]], group: int
         spans.append(Span(start, num_queries, base, past + num_queries))
         rows += range(base + past, base + past + num_queries)
         start += num_queries
-    step = CpuAttention(arena).plan(spans, torch.tensor(rows))
+    step = KINDS[attention_kind](arena).plan(spans, torch.tensor(rows))
     for layer in range(LAYERS):
         output = step.run(layer, q, k, v)
         for span in spans:
@@ -71,15 +74,15 @@ def test_spans_equal_plain_attention(sessions: list[tuple[int, int]], group: int
             torch.testing.assert_close(output[queries], plain_attention(q[queries], history[:, 0], history[:, 1]))
 
 
-def test_queries_may_be_views_of_a_larger_tensor() -> None:
+def test_queries_may_be_views_of_a_larger_tensor(attention_kind: str) -> None:
     """Queries, keys and values that are slices of one fused tensor give the same output as copies of them."""
     fused = torch.randn(5, 8, HEAD_DIM)
     spans = [Span(0, 4, 0, 4), Span(4, 1, 10, 1)]
     rows = torch.tensor([0, 1, 2, 3, 10])
     views = fused[:, :4], fused[:, 4:6], fused[:, 6:]
-    output = CpuAttention(strided_arena(20)).plan(spans, rows).run(0, *views)
+    output = KINDS[attention_kind](strided_arena(20)).plan(spans, rows).run(0, *views)
     copies = [view.clone(memory_format=torch.contiguous_format) for view in views]
-    assert torch.equal(output, CpuAttention(strided_arena(20)).plan(spans, rows).run(0, *copies))
+    assert torch.equal(output, KINDS[attention_kind](strided_arena(20)).plan(spans, rows).run(0, *copies))
 
 
 @pytest.mark.parametrize(
@@ -93,17 +96,18 @@ def test_queries_may_be_views_of_a_larger_tensor() -> None:
     ],
     ids=["too few", "gap", "wrong order", "more queries than history", "no queries"],
 )
-def test_plan_refuses_spans_that_do_not_cover_the_step(spans: list[Span]) -> None:
+def test_plan_refuses_spans_that_do_not_cover_the_step(attention_kind: str, spans: list[Span]) -> None:
     """Spans that leave out, repeat or invent queries raise before anything is written."""
     arena = strided_arena(20)
     with pytest.raises(ValueError, match="span"):
-        CpuAttention(arena).plan(spans, torch.tensor([0, 8]))
+        KINDS[attention_kind](arena).plan(spans, torch.tensor([0, 8]))
     assert arena.isnan().all()
 
 
 OVERREAD_SCRIPT = """
-import ctypes, mmap, torch
-from chatserve.model.attention import CpuAttention, Span
+import ctypes, mmap, sys, torch
+from chatserve.model.attention import Span
+from tests.model.oracle import KINDS
 
 libc = ctypes.CDLL(None, use_errno=True)
 page, layers, kv_heads, head_dim = mmap.PAGESIZE, 2, 2, 16
@@ -123,7 +127,7 @@ def run(q_counts):
         rows += range(base + length - count, base + length)
         start += count
     k, v = torch.ones(2, start, kv_heads, head_dim)
-    step = CpuAttention(arena).plan(spans, torch.tensor(rows))
+    step = KINDS[sys.argv[1]](arena).plan(spans, torch.tensor(rows))
     return step.run(1, torch.ones(start, 4, head_dim), k, v)
 
 for q_counts in ((1, 1), (1, 7), (40, 1), (100, 33)):
@@ -132,7 +136,9 @@ print("ran")
 """
 
 
-def test_rows_outside_the_spans_are_never_read() -> None:
+def test_rows_outside_the_spans_are_never_read(attention_kind: str) -> None:
     """Histories that fill their mapped pages exactly, between unmapped ones, run without a fault."""
-    done = subprocess.run([sys.executable, "-c", OVERREAD_SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", OVERREAD_SCRIPT, attention_kind], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from chatserve.model.attention import CpuAttention
 from chatserve.model.decoder import Decoder
 from tests.model.checkpoints import FAMILIES, make_checkpoint
-from tests.model.oracle import Driver, Part, assert_close, load, reference_logits
+from tests.model.oracle import KINDS, Driver, Part, assert_close, load, reference_logits
 
 NUM_TOKENS = 96
 
@@ -76,6 +77,14 @@ CaseMaker = Callable[..., Case]
 
 def random_ids(num_tokens: int, *, seed: int) -> Tensor:
     return torch.randint(3, 384, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def both_kinds(attention_kind: str) -> Iterator[None]:
+    """Every test runs with the C++ attention and with torch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Driver, "attention_for", KINDS[attention_kind])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +210,10 @@ def test_the_same_step_twice_gives_the_same_bits(make_case: CaseMaker) -> None:
     assert torch.equal(first, second)
 
 
-def test_bf16_decoder_is_near_the_fp32_one(make_case: CaseMaker) -> None:
+def test_bf16_decoder_is_near_the_fp32_one(make_case: CaseMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Casting on load works, the arena takes the model's dtype, and logits come back in fp32."""
     case = make_case("llama", "llama")
+    monkeypatch.setattr(Driver, "attention_for", CpuAttention)  # which falls back to torch's kernels for bf16
     logits = Driver(load(case.directory, torch.bfloat16)).step([case.part(0, 0, 40), case.part(50, 0, 1)])
     assert logits.dtype == torch.float32
     difference = (logits[:40] - case.expected[:40]).abs().mean() / case.expected[:40].abs().mean()

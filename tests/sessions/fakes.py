@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -91,7 +92,8 @@ class UnreliableStore:
     """The real store behind a line that a test can interrupt.
 
     `away`: every call fails. `lose_answers`: appends are carried out and fail all the same. `cut_after` events: nothing
-    answers any more, as if the process had died there.
+    answers any more, as if the process had died there. `failure_rate`: this share of the calls fails before, and as
+    many after, they are carried out.
     """
 
     def __init__(self, store: SessionStore) -> None:
@@ -101,6 +103,8 @@ class UnreliableStore:
         self.cut_after: int | None = None
         self.cut = asyncio.Event()
         self.num_appended = 0
+        self.failure_rate = 0.0
+        self.random = random.Random(0)
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._store, name)
@@ -108,9 +112,14 @@ class UnreliableStore:
         async def interrupted(*args: Any, **kwargs: Any) -> Any:
             if self.cut.is_set():
                 await asyncio.Event().wait()
-            if self.away:
+            luck = self.random.random()
+            if self.away or luck < self.failure_rate:
                 raise StorageUnavailable("Redis is away")
             result = await call(*args, **kwargs)
+            if self.cut.is_set():
+                await asyncio.Event().wait()
+            if luck > 1 - self.failure_rate:
+                raise StorageUnavailable("the connection was lost")
             if name in ("append", "create"):
                 await self._after_append(args[1])
             return result
