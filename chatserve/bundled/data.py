@@ -61,9 +61,13 @@ class Chat(Facts):
 
     def follows_list(self, name: str = "") -> bool:
         """Whether the last turn was about a list, or about this one."""
-        return self.last_list is not None and self.last_list[0] == len(self.messages) and name in ("", self.last_list[1])
+        return (
+            self.last_list is not None and self.last_list[0] == len(self.messages) and name in ("", self.last_list[1])
+        )
 
-    def list_typed(self, name: str, templates: tuple[str, ...], short: tuple[str, ...], mark: str = ".", value: str = "") -> str:
+    def list_typed(
+        self, name: str, templates: tuple[str, ...], short: tuple[str, ...], mark: str = ".", value: str = ""
+    ) -> str:
         """A wish about a list: short right after another one, "my list" where only one can be meant."""
         if self.follows_list(name) and self.rng.random() < 0.5:
             templates = short
@@ -140,7 +144,12 @@ class Chat(Facts):
             return Part(self.typed(self.rng.choice(p.GOODBYES)), self.addressed("Goodbye"), "bye")
         if draw < 0.34 or (self.last_tag == "tell name" and draw < 0.5):
             return self.your_name()
-        if draw < 0.37 and self.messages and self.messages[-1].role == "assistant" and len(self.messages[-1].text) < 150:
+        if (
+            draw < 0.37
+            and self.messages
+            and self.messages[-1].role == "assistant"
+            and len(self.messages[-1].text) < 150
+        ):
             return Part(self.typed(self.rng.choice(p.AGAIN), "?"), self.messages[-1].text, "again")
         texts, reply = self.rng.choice(p.SMALL_TALK)
         return Part(self.typed(self.rng.choice(texts), self.rng.choice(".!?")), reply, "small talk")
@@ -165,7 +174,11 @@ class Chat(Facts):
         return self.tell_own_name(asks)
 
     def tell_own_name(self, asks: tuple[str, ...]) -> Part:
-        reply = f"My name is {self.assistant_name}." if self.assistant_name else "I am the small model that comes with chatserve."
+        reply = (
+            f"My name is {self.assistant_name}."
+            if self.assistant_name
+            else "I am the small model that comes with chatserve."
+        )
         return Part(self.typed(self.rng.choice(asks), "?"), reply, "your name")
 
     def unknown_talk(self) -> Part:
@@ -205,7 +218,9 @@ class Chat(Facts):
     def count(self) -> Part:
         if self.rng.random() < 0.15:
             word = self.rng.choice(list(p.NUMBER_WORDS))
-            return Part(self.typed(self.rng.choice(p.COUNT_TO), b=word), numbers(range(1, p.NUMBER_WORDS[word] + 1)), "count")
+            return Part(
+                self.typed(self.rng.choice(p.COUNT_TO), b=word), numbers(range(1, p.NUMBER_WORDS[word] + 1)), "count"
+            )
         start = self.rng.choice((1, 1, self.rng.randint(1, 100)))
         end = start + self.rng.choice((self.rng.randint(1, 20), self.rng.randint(1, 100), self.rng.randint(50, 500)))
         template = self.rng.choice(p.COUNT_TO if start == 1 and self.rng.random() < 0.6 else p.COUNT)
@@ -340,7 +355,11 @@ def action(chat: Chat, mood: Mood) -> Part:
 def random_turn(chat: Chat, mood: Mood) -> None:
     """One turn; one in six says two or three things, and an open question is often answered."""
     rng = chat.rng
-    if chat.open_question and chat.open_question[0] == len(chat.messages) and rng.random() < ANSWERED[chat.last_tag == "announce"]:
+    if (
+        chat.open_question
+        and chat.open_question[0] == len(chat.messages)
+        and rng.random() < ANSWERED[chat.last_tag == "announce"]
+    ):
         chat.turn(chat.supply())
         return
     part = action(chat, mood)

@@ -29,9 +29,12 @@ from chatserve.bundled.tokenizer import Encoder
 
 BUCKET_TOKENS = 512
 QUESTION_TOKENS = 160
-HELD_OUT_VALUES = frozenset(p.rows(
-    "name | names | several | city | colour | food | animal | title | hobby | drink | word | number | code | job | place | address | email | url"
-))
+HELD_OUT_VALUES = frozenset(
+    p.rows("""
+    name | names | several | city | colour | food | animal | title | hobby | drink | word | number | code | job
+    place | address | email | url
+""")
+)
 NOT_TOLD = "You have not told me"
 UNSEEN_ASKS = {
     "name": p.rows("what would you call me | which name do i have | please give me my own name"),
@@ -279,7 +282,9 @@ class Judge:
         ids = torch.tensor([case.ids + [0] * (width - len(case.ids)) for case in batch], device=self.model.device)
         hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
         spans = [(row, begin, end) for row, case in enumerate(batch) for begin, end in case.ranges]
-        flat = torch.tensor([row * width + at - 1 for row, begin, end in spans for at in range(begin, end)], device=ids.device)
+        flat = torch.tensor(
+            [row * width + at - 1 for row, begin, end in spans for at in range(begin, end)], device=ids.device
+        )
         said = self.model.lm_head(hidden.flatten(0, 1)[flat]).argmax(-1).tolist()
         labels = (label for case in batch for label in case.labels)
         at = 0
@@ -305,7 +310,9 @@ class Judge:
         begin, end = case.ranges[-1]
         prompt = torch.tensor([case.ids[:begin]], device=self.model.device)
         mask = torch.ones_like(prompt)
-        out = self.model.generate(prompt, attention_mask=mask, max_new_tokens=end - begin, do_sample=False)[0, begin:].tolist()
+        out = self.model.generate(prompt, attention_mask=mask, max_new_tokens=end - begin, do_sample=False)[
+            0, begin:
+        ].tolist()
         scores: dict[str, Score] = defaultdict(Score)
         self.score([case], scores)
         return (out == case.ids[begin:end]) == (scores[case.labels[-1]].right == 1)
@@ -315,7 +322,11 @@ def rows(cases: Cases) -> list[tuple[Callable[[int], Case], float | None]]:
     """What is measured, each with its bar."""
     near = [(partial(cases.recall, 1), 0.995), (partial(cases.recall, 5), 0.995), (partial(cases.recall, 20), 0.99)]
     far = [(partial(cases.far, bucket), 0.99) for bucket in range(CONTEXT_TOKENS // BUCKET_TOKENS)]
-    told: list[tuple[Callable[[int], Case], float | None]] = [(cases.corrected, 0.99), (cases.listed, 0.98), (cases.not_told, 0.98)]
+    told: list[tuple[Callable[[int], Case], float | None]] = [
+        (cases.corrected, 0.99),
+        (cases.listed, 0.98),
+        (cases.not_told, 0.98),
+    ]
     return [*near, *far, *told, (cases.unseen, None)]
 
 

@@ -191,7 +191,9 @@ class Facts:
         """A new fact, or by chance an old key with another value."""
         draw = self.rng.random()
         if draw < 0.12 and not self.protected:
-            return self.compound() if draw < 0.09 else self.name_and_home() if draw < 0.105 else self.home_with_somebody()
+            return (
+                self.compound() if draw < 0.09 else self.name_and_home() if draw < 0.105 else self.home_with_somebody()
+            )
         kind = self.draw_kind()
         key = self.keys.draw(kind.keys)
         found = self.find(kind, key)
@@ -287,7 +289,9 @@ class Facts:
         self.remember(named, key, name)
         self.last_told = None
         user = self.typed(self.rng.choice(p.WITH_SOMEBODY), n=key.noun, v=name, c=home)
-        return Part(user, f"Got it, you live in {home}. Got it, your {key.noun}'s name is {name}.", "tell home and name")
+        return Part(
+            user, f"Got it, you live in {home}. Got it, your {key.noun}'s name is {name}.", "tell home and name"
+        )
 
     def announce(self) -> Part:
         """ "I have a dog", which makes the model ask for its name."""

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from chatserve.bundled import phrases as p
-from chatserve.bundled.words import Words
+from chatserve.bundled.words import Words, spaced
 
 MADE_UP_SHARE = 0.12
 THE_NOUNS = frozenset((*p.CODES, *p.OBJECTS, *p.OBJECTS_MANY, *p.COLOURED, *p.EVENTS, *p.NAMED_THINGS, *p.PETS))
 PERSONS = frozenset((*p.RELATIONS, *p.PETS))
-SHE = frozenset("sister mother mum wife daughter aunt grandmother girlfriend niece".split())  # noqa: SIM905
-HE = frozenset("brother father dad husband son uncle grandfather boyfriend nephew".split())  # noqa: SIM905
+SHE = frozenset(spaced("sister mother mum wife daughter aunt grandmother girlfriend niece"))
+HE = frozenset(spaced("brother father dad husband son uncle grandfather boyfriend nephew"))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""How people type and how the model words things: capitals, marks, short forms, slips, and the reply's point of view."""
+"""How people type and how the model words things: capitals, marks, short forms, slips, and "your" for "my"."""
 
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-
 
 SMALL_WORDS = frozenset(("is", "are", "do", "does", "did", "the", "a", "of", "can", "to"))
 

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers import AddedToken as Special
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from chatserve.bundled import CONTEXT_TOKENS, words
-from chatserve.bundled.data import Message, conversation
+from chatserve.bundled.data import conversation
+from chatserve.bundled.facts import Message
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 1536
@@ -47,7 +48,17 @@ def sample_texts(seed: int) -> Iterator[str]:
 
 def value_words() -> set[str]:
     """Words that occur as values: they are spelled, as made-up words are."""
-    lists = (words.COLOURS, words.FOODS, words.GOODS, words.DRINKS, words.ANIMALS, words.NAMES, words.CITIES, words.JOBS, words.HOBBIES)
+    lists = (
+        words.COLOURS,
+        words.FOODS,
+        words.GOODS,
+        words.DRINKS,
+        words.ANIMALS,
+        words.NAMES,
+        words.CITIES,
+        words.JOBS,
+        words.HOBBIES,
+    )
     values = " ".join(word for entries in (*lists, words.THINGS) for word in entries)
     return set(values.casefold().split())
 
@@ -76,7 +87,9 @@ def frequent_words(texts: list[str], most: int) -> list[tuple[str, int]]:
     """Template words, with the space before them, by frequency."""
     counts = Counter(word for text in texts for word in re.findall(r" ?[^\W\d_]+", text))
     values = value_words()
-    return [(word, n) for word, n in counts.most_common(4 * most) if word.strip().casefold() not in values and len(word) > 1][:most]
+    return [
+        (word, n) for word, n in counts.most_common(4 * most) if word.strip().casefold() not in values and len(word) > 1
+    ][:most]
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -112,6 +125,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     tokenizer.save_pretrained(str(out))
     config = out / "tokenizer_config.json"
     settings = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for loading in ("is_local", "local_files_only"):
+        settings.pop(loading, None)
     config.write_text(json.dumps(settings, indent=2) + "\n")
 
 

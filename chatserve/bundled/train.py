@@ -138,7 +138,11 @@ def on_device(ids: np.ndarray, positions: np.ndarray, device: str) -> Batch:
     tensors = (flat.view(ids.shape), at, flat[at + 1])
     if device == "cuda":
         tensors = (tensors[0].pin_memory(), tensors[1].pin_memory(), tensors[2].pin_memory())
-    return tensors[0].to(device, non_blocking=True), tensors[1].to(device, non_blocking=True), tensors[2].to(device, non_blocking=True)
+    return (
+        tensors[0].to(device, non_blocking=True),
+        tensors[1].to(device, non_blocking=True),
+        tensors[2].to(device, non_blocking=True),
+    )
 
 
 # Optimisation
@@ -150,7 +154,9 @@ class Muon(torch.optim.Optimizer):
     The Newton-Schulz coefficients are Keller Jordan's; the factor gives the update AdamW's usual size.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, matrices: list[torch.nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
         by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
         for matrix in matrices:
             by_shape.setdefault(matrix.shape, []).append(matrix)
@@ -272,9 +278,14 @@ def train(options: Options) -> None:
         batch = next(source)
         if time.monotonic() - shown > 10 or step == 1:
             shown = time.monotonic()
-            print(f"step {step}  {progress:5.1%}  loss {loss.item():.4f}  {tokens / (shown - started) / 1e3:.0f} ktok/s", flush=True)
+            print(
+                f"step {step}  {progress:5.1%}  loss {loss.item():.4f}  {tokens / (shown - started) / 1e3:.0f} ktok/s",
+                flush=True,
+            )
     save_model(model, options.out)
-    print(f"{step} steps, {tokens / 1e6:.0f} million tokens, {time.monotonic() - started:.0f} s, last loss {loss.item():.4f}")
+    print(
+        f"{step} steps, {tokens / 1e6:.0f} million tokens, {time.monotonic() - started:.0f} s, last loss {loss.item():.4f}"
+    )
 
 
 def parse() -> Options:
@@ -294,9 +305,18 @@ def parse() -> Options:
     if not a.steps and not a.minutes:
         parser.error("give --steps or --minutes")
     return Options(
-        a.out, a.seed, a.steps, a.minutes, a.workers, a.batch_tokens, a.learning_rate, a.weight_decay,
-        a.device, a.device == "cuda" and not a.no_compile, a.resume,
-    )  # fmt: skip
+        out=a.out,
+        seed=a.seed,
+        steps=a.steps,
+        minutes=a.minutes,
+        workers=a.workers,
+        batch_tokens=a.batch_tokens,
+        learning_rate=a.learning_rate,
+        weight_decay=a.weight_decay,
+        device=a.device,
+        compiled=a.device == "cuda" and not a.no_compile,
+        resume=a.resume,
+    )
 
 
 if __name__ == "__main__":

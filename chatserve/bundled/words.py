@@ -8,43 +8,63 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 
+
+def spaced(text: str) -> list[str]:
+    """The words of a table."""
+    return text.split()
+
+
 HELD_OUT_SHARE = 8
 COMMON_SHARE = 0.25
 ENDINGS = ("com", "org", "net", "de", "io")
-COUNTS = "one two three four five six seven eight nine ten eleven twelve no twenty many several".split()
+COUNTS = spaced("one two three four five six seven eight nine ten eleven twelve no twenty many several")
 
-COLOURS = """red blue green yellow orange purple pink brown black white grey teal turquoise violet crimson amber beige
-gold silver ivory magenta maroon navy olive scarlet cyan indigo lilac mint peach rose ruby rust sand coral""".split()
-FOODS = """pizza pasta rice bread soup cheese curry sushi salad noodles pancakes dumplings lasagne tacos stew porridge
-chocolate strawberries apples lentils risotto toast ramen waffles goulash falafel paella steak chips fish""".split()
-GOODS = """milk eggs bread butter cheese apples bananas rice pasta tea coffee sugar salt flour onions potatoes tomatoes
-soap candles batteries paper matches honey yoghurt carrots garlic lemons oil pepper beans spinach stamps""".split()
-DRINKS = "tea coffee water lemonade cocoa milk cider juice espresso kombucha ginger beer".split()
-ANIMALS = """dog cat horse owl fox otter whale rabbit parrot hamster turtle snake lizard wolf bear eagle dolphin
-penguin tiger lion hedgehog badger goat sheep pony duck goose frog spider ferret""".split()
-NAMES = """Anna Ben Clara David Emma Felix Grace Henry Ida James Kate Liam Maria Noah Olivia Paul Quinn Rosa Sam Tom
+COLOURS = spaced("""red blue green yellow orange purple pink brown black white grey teal turquoise violet crimson amber beige
+gold silver ivory magenta maroon navy olive scarlet cyan indigo lilac mint peach rose ruby rust sand coral""")
+FOODS = spaced("""pizza pasta rice bread soup cheese curry sushi salad noodles pancakes dumplings lasagne tacos stew porridge
+chocolate strawberries apples lentils risotto toast ramen waffles goulash falafel paella steak chips fish""")
+GOODS = spaced("""milk eggs bread butter cheese apples bananas rice pasta tea coffee sugar salt flour onions potatoes tomatoes
+soap candles batteries paper matches honey yoghurt carrots garlic lemons oil pepper beans spinach stamps""")
+DRINKS = spaced("tea coffee water lemonade cocoa milk cider juice espresso kombucha ginger beer")
+ANIMALS = spaced("""dog cat horse owl fox otter whale rabbit parrot hamster turtle snake lizard wolf bear eagle dolphin
+penguin tiger lion hedgehog badger goat sheep pony duck goose frog spider ferret""")
+NAMES = spaced("""Anna Ben Clara David Emma Felix Grace Henry Ida James Kate Liam Maria Noah Olivia Paul Quinn Rosa Sam Tom
 Uma Vera Will Xena Yusuf Zoe Ada Bob Carl Dora Eric Fatima George Hugo Ines Jack Karl Lena Max Nina Oscar Peter
 Rex Sophie Theo Ursula Victor Wendy Alice Bella Charlie Daisy Luna Milo Coco Rocky Mohammed Chen Priya Olga Ivan
-Sarah John Mary Michael Laura Kevin Julia Mark Susan Lisa Alex Chris Kim""".split()
-CITIES = """London Paris Berlin Madrid Rome Vienna Oslo Lisbon Dublin Prague Warsaw Athens Helsinki Tokyo Delhi Cairo
+Sarah John Mary Michael Laura Kevin Julia Mark Susan Lisa Alex Chris Kim""")
+CITIES = [
+    *spaced("""London Paris Berlin Madrid Rome Vienna Oslo Lisbon Dublin Prague Warsaw Athens Helsinki Tokyo Delhi Cairo
 Lima Boston Chicago Toronto Sydney Lagos Nairobi Seoul Hamburg Munich Zurich Leeds York Bristol Seattle Austin
-Denver Porto Milan Naples Lyon Ghent""".split() + ["New York", "Cape Town", "San Diego", "Hong Kong", "Los Angeles"]
-JOBS = """baker teacher nurse doctor engineer farmer painter lawyer pilot carpenter plumber gardener chef writer
-actor musician librarian electrician student waiter designer programmer tailor mechanic sailor dentist""".split()
-HOBBIES = """chess tennis football knitting painting reading running swimming cycling hiking sailing fishing cooking
-gardening dancing singing skiing climbing yoga photography judo pottery archery rowing surfing""".split()
-THINGS = """drawer cupboard kitchen garage garden bathroom bedroom hall cellar attic fridge basket box bag car shed
+Denver Porto Milan Naples Lyon Ghent"""),
+    "New York",
+    "Cape Town",
+    "San Diego",
+    "Hong Kong",
+    "Los Angeles",
+]
+JOBS = spaced("""baker teacher nurse doctor engineer farmer painter lawyer pilot carpenter plumber gardener chef writer
+actor musician librarian electrician student waiter designer programmer tailor mechanic sailor dentist""")
+HOBBIES = spaced("""chess tennis football knitting painting reading running swimming cycling hiking sailing fishing cooking
+gardening dancing singing skiing climbing yoga photography judo pottery archery rowing surfing""")
+THINGS = spaced("""drawer cupboard kitchen garage garden bathroom bedroom hall cellar attic fridge basket box bag car shed
 wardrobe desk sofa table bed shelf bench chair piano oven cabinet suitcase backpack office library jar bin tent
-windowsill doormat mailbox freezer pocket""".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-TASKS = """wash the car|call the bank|water the plants|book a flight|clean the kitchen|feed the cat|pay the rent|
-buy a present|fix the bike|write a letter|walk the dog|do the laundry|empty the bin|return the books|mow the lawn|
-paint the fence|sort the post|bake a cake|visit grandma|call mom|buy flowers|clean windows|pay taxes|send invoices|call grandpa|renew my passport|charge the phone""".replace("\n", "").split("|")
+windowsill doormat mailbox freezer pocket""")
+DAYS = spaced("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = spaced("January February March April May June July August September October November December")
+TASKS = [
+    task.strip()
+    for line in """
+    wash the car | call the bank | water the plants | book a flight | clean the kitchen | feed the cat | pay the rent
+    buy a present | fix the bike | write a letter | walk the dog | do the laundry | empty the bin | return the books
+    mow the lawn | paint the fence | sort the post | bake a cake | visit grandma | call mom | buy flowers
+    clean windows | pay taxes | send invoices | call grandpa | renew my passport | charge the phone
+    """.strip().splitlines()
+    for task in line.split("|")
+]
 
-ONSETS = "b br c ch d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sn st t th tr v w wh x y z zw".split()
-VOWELS = "a e i o u a e i o u ai ea ee ie oo ou y".split()
-CODAS = ["", "", "", "", *"b ck d g l ld lm lt m n nd ng nk nt p r rk rn rt s sh sk st t th x z".split()]
+ONSETS = spaced("b br c ch d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sn st t th tr v w wh x y z zw")
+VOWELS = spaced("a e i o u a e i o u ai ea ee ie oo ou y")
+CODAS = ["", "", "", "", *spaced("b ck d g l ld lm lt m n nd ng nk nt p r rk rn rt s sh sk st t th x z")]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALPHABETS = (
     "àáâãäåæçèéêëìíîïñòóôõöøùúûüýßšžčćđłńśźżőűğı",
@@ -210,10 +230,15 @@ class Words:
         pick, draw = self.rng.choice, self.rng.random()
         hour = f"at {self.rng.randint(1, 12)}{pick((' am', ' pm', 'pm', ':30', ':15', ''))}"
         day = f"on {pick(DAYS)}"
-        date = pick((f"on the {self.rng.randint(1, 31)}th of {pick(MONTHS)}", f"on {pick(MONTHS)} {self.rng.randint(1, 31)}"))
+        date = pick(
+            (f"on the {self.rng.randint(1, 31)}th of {pick(MONTHS)}", f"on {pick(MONTHS)} {self.rng.randint(1, 31)}")
+        )
         if draw < 0.5 or self.held_out:
             return f"{pick((day, date))} {hour}"
-        other = f"on {self.rng.randint(1, 31)} {pick(MONTHS)}", f"on {self.number(1, 2)}.{self.number(1, 2)}.{self.number(4, 4)}"
+        other = (
+            f"on {self.rng.randint(1, 31)} {pick(MONTHS)}",
+            f"on {self.number(1, 2)}.{self.number(1, 2)}.{self.number(4, 4)}",
+        )
         return pick((hour, day, date, *other, "tomorrow", "next week", f"in {pick(MONTHS)}", f"in {self.number(4, 4)}"))
 
     def _several(self) -> str:
@@ -231,7 +256,9 @@ class Words:
         return self.made_up() + (second + self.made_up() if second else self.rng.choice(("", "", self.number(1, 3))))
 
     def _url(self) -> str:
-        path = self.rng.choice(("", "", f"/{self.made_up()}", f"/{self.made_up()}?{self.rng.choice(LETTERS)}={self.number(1, 4)}"))
+        path = self.rng.choice(
+            ("", "", f"/{self.made_up()}", f"/{self.made_up()}?{self.rng.choice(LETTERS)}={self.number(1, 4)}")
+        )
         return f"{self.rng.choice(('https://', 'www.', ''))}{self._handle()}.{self.rng.choice(ENDINGS)}{path}"
 
     def _code(self) -> str:

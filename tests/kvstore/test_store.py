@@ -97,7 +97,7 @@ def test_truncation_into_the_own_tail_copies_it(store):
 
 
 def test_leased_session_keeps_the_page_when_its_tail_is_covered(store):
-    """Another session wrote further behind the same tokens; the tail leaves the index, not the lease that writes in it."""
+    """Another session wrote further behind the same tokens; the tail leaves the index, not the lease that uses it."""
     run_turn(store, "a", RED, TALK[:35])
     lease = store.lease("a", RED, TALK)
     tail = pages_of(store, "a")[3]

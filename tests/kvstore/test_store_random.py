@@ -77,6 +77,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.reliable = True  # no refusal was injected: nothing may fail when there is ample memory
         self.sessions: dict[str, Plain] = {}
         self.histories: list[tuple[str, bytes, list[int]]] = []  # every history whose rows were released
+        self.forgotten: set[str] = set()
 
     @rule(pick=picks, red=st.booleans(), token_ids=token_lists, reuse=st.sampled_from([True, True, False]))
     def turn(self, pick, red, token_ids, reuse):
@@ -144,7 +145,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.drop_session(session_id)
             assert session_id not in self.store.sessions()
             if not self.sharing:
-                self.histories = [known for known in self.histories if known[0] != session_id]
+                self.forgotten.add(session_id)  # if it was resident; else its pages wait for eviction
 
     @rule()
     def shrink(self):
@@ -232,6 +233,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _expected(self, session_id, salt, token_ids):
         """With no eviction: everything some released history shares with this one, to the token."""
+        if session_id in self.forgotten:
+            return 0
         known = [h for sid, s, h in self.histories if s == salt and (self.sharing or sid == session_id)]
         return min(len(token_ids) - 1, max((_shared(history, token_ids) for history in known), default=0))
 
