@@ -5,10 +5,9 @@ Each raises IntegrityError with what is wrong; none changes anything.
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
+from kvstore.arrays import as_page_array
 from kvstore.errors import ensure
 from kvstore.pool import PagePool, PageState
 from kvstore.residency import Residency
@@ -17,18 +16,14 @@ from kvstore.session import Session
 
 def check_holders(residency: Residency) -> None:
     """Every page is held by just those who should hold it, and every session maps what the index says it maps."""
-    pool, indexed = residency.pool, list(residency.index.pages())
-    holders = Counter(indexed)
+    pool = residency.pool
+    indexed = as_page_array(list(residency.index.pages()))
+    ensure(pool.count(indexed, PageState.INDEXED) == len(indexed), "a page is in the index but not marked so")
+    ensure(len(indexed) == pool.counts.indexed, "a page is marked indexed but not in the index")
+    leased = [session.tensor.pages.view for session in residency.sessions.values() if session.lease is not None]
+    pool.check_holders(np.concatenate([indexed, *leased]))
     for session in residency.sessions.values():
         _check_session(session, residency)
-        if session.lease is not None:
-            holders.update(session.tensor.pages.view.tolist())
-    for page in range(pool.capacity_pages):
-        guard = pool.state(page) is PageState.GUARD
-        ensure(pool.refs(page) == holders[page] + guard, f"page {page} has {pool.refs(page)} references")
-    for page in indexed:
-        ensure(pool.state(page) is PageState.INDEXED, f"page {page} is in the index but not marked so")
-    ensure(len(indexed) == pool.counts.indexed, "a page is marked indexed but not in the index")
 
 
 def check_frontier(session: Session, pool: PagePool) -> None:

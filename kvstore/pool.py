@@ -158,6 +158,13 @@ class PagePool:
         idle = (states == PageState.INDEXED) & (refs == 1)
         ensure(np.count_nonzero(idle) == self._num_idle, "idle pages are miscounted")
 
+    def check_holders(self, holdings: PageArray) -> None:
+        """Raise IntegrityError unless each page, guards apart, is held as often as it stands in `holdings`."""
+        guards = self._states == PageState.GUARD
+        expected = np.bincount(holdings, minlength=self.capacity_pages) + guards
+        for page in np.flatnonzero(expected != self._refs).tolist():
+            ensure(False, f"page {page} has {self._refs[page]} references and {expected[page]} holders")
+
     def _ensure_free(self, num_pages: int) -> None:
         missing = num_pages - self._counts[PageState.FREE]
         if missing > self._counts[PageState.ABSENT]:

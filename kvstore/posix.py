@@ -23,6 +23,7 @@ from kvstore.errors import MemoryRefused, OutOfMappings, ensure
 from kvstore.linux import MAP_NORESERVE, LinuxCalls, max_map_count
 from kvstore.memory import DEFAULT_PAGE_BYTES, UNMAPPED
 
+MEMFD_NAME = "kvstore-pages"
 MAPPINGS_SHARE = 0.8
 COPY_BYTES = 1 << 20
 
@@ -54,7 +55,7 @@ class PosixMemory:
         self.max_mappings = int(max_map_count() * MAPPINGS_SHARE) if max_mappings is None else max_mappings
         self.num_mappings = 0
         self._calls = calls or LinuxCalls()
-        self._file = os.memfd_create("kvstore", os.MFD_CLOEXEC)
+        self._file = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC)
         self._address: int | None = None
         self._table: Entries = np.zeros(0, np.int64)
         self._map_counts = np.zeros(0, np.int32)  # addresses of each page number; -1: no such page
@@ -261,7 +262,8 @@ class PosixMemory:
     def _runs_in_system(self) -> list[Run]:
         assert self._address is not None
         runs = []
-        for line in Path("/proc/self/maps").read_text().splitlines():
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        for line in (line for line in lines if MEMFD_NAME in line):
             addresses, protection, offset, *_ = line.split(maxsplit=3)
             start, stop = (int(address, 16) - self._address for address in addresses.split("-"))
             if 0 <= start < self._arena_bytes and protection.startswith("r"):

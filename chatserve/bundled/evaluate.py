@@ -170,11 +170,17 @@ class Cases:
             chat = self.chat(label, index)
             self.talk(chat, chat.rng.randint(0, 8))
             fact = self.tell(chat)
+            told = len(chat.messages)
             self.talk(chat, turns - 1)
+            repeated = self.repeated(chat, fact, told)
             case = self.ask(chat, fact, label)
-            if len(case.ids) <= CONTEXT_TOKENS:
+            if len(case.ids) <= CONTEXT_TOKENS and not repeated:
                 return case
             index += 1_000_003
+
+    def repeated(self, chat: Chat, fact: Fact, since: int) -> bool:
+        """Whether the value came up again, say as another's name, so that the distance would be shorter than it says."""
+        return any(fact.value.casefold() in message.text.casefold() for message in chat.messages[since:])
 
     def far(self, bucket: int, index: int) -> Case:
         """Fact and question are this many tokens apart, from the acknowledgement's end to the answer's start."""
@@ -194,13 +200,15 @@ class Cases:
         while chat.rng.random() < 0.8 and self.tokens(chat) < room:
             self.talk(chat, 3)
         fact = self.tell(chat)
-        told = self.tokens(chat)
+        told, since = self.tokens(chat), len(chat.messages)
         wanted = told + chat.rng.randint(low, high - QUESTION_TOKENS // 2)
         while self.tokens(chat) < wanted:
             self.talk(chat, 1)
+        repeated = self.repeated(chat, fact, since)
         case = self.ask(chat, fact, label)
         distance = case.ranges[0][0] - told
-        return case if low <= distance < high and len(case.ids) <= CONTEXT_TOKENS else None
+        fits = low <= distance < high and len(case.ids) <= CONTEXT_TOKENS
+        return case if fits and not repeated else None
 
     def corrected(self, index: int) -> Case:
         """The fact was corrected once or twice; the last value counts."""
@@ -252,9 +260,8 @@ class Cases:
 class Judge:
     """Runs the model over cases and compares."""
 
-    def __init__(self, model: LlamaForCausalLM, encoder: Encoder, not_told: list[int], batch_tokens: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, not_told: list[int], batch_tokens: int) -> None:
         self.model = model
-        self.encoder = encoder
         self.not_told = not_told
         self.batch_tokens = batch_tokens
         self.wrong: list[tuple[str, list[int], list[int], list[int]]] = []
@@ -310,12 +317,11 @@ class Judge:
         begin, end = case.ranges[-1]
         prompt = torch.tensor([case.ids[:begin]], device=self.model.device)
         mask = torch.ones_like(prompt)
-        out = self.model.generate(prompt, attention_mask=mask, max_new_tokens=end - begin, do_sample=False)[
-            0, begin:
-        ].tolist()
+        out = self.model.generate(prompt, attention_mask=mask, max_new_tokens=end - begin, do_sample=False)
         scores: dict[str, Score] = defaultdict(Score)
         self.score([case], scores)
-        return (out == case.ids[begin:end]) == (scores[case.labels[-1]].right == 1)
+        generated_right = bool(out[0, begin:].tolist() == case.ids[begin:end])
+        return generated_right == (scores[case.labels[-1]].right == 1)
 
 
 def rows(cases: Cases) -> list[tuple[Callable[[int], Case], float | None]]:
@@ -396,7 +402,7 @@ def main() -> int:
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
     encoder = Encoder(tokenizer)
     not_told = tokenizer.encode(NOT_TOLD, add_special_tokens=False)
-    judge = Judge(model, encoder, not_told, 262144 if args.device == "cuda" else 8192)
+    judge = Judge(model, not_told, 262144 if args.device == "cuda" else 8192)
     cases = Cases(encoder, args.seed)
     builder = Builder(cases, args.workers)
     met = report(judge, builder, args.n)

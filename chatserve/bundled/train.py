@@ -180,14 +180,15 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """The nearest (semi-)orthogonal matrices, roughly, by five Newton-Schulz steps."""
-    x = matrices.bfloat16()
+    x: torch.Tensor = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+    result: torch.Tensor = x.mT if tall else x
+    return result
 
 
 def optimizers(model: LlamaForCausalLM, options: Options) -> list[torch.optim.Optimizer]:
@@ -226,7 +227,7 @@ class Trainer:
             hidden = self.forward(input_ids=ids, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[positions])
         loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -283,9 +284,8 @@ def train(options: Options) -> None:
                 flush=True,
             )
     save_model(model, options.out)
-    print(
-        f"{step} steps, {tokens / 1e6:.0f} million tokens, {time.monotonic() - started:.0f} s, last loss {loss.item():.4f}"
-    )
+    seconds = time.monotonic() - started
+    print(f"{step} steps, {tokens / 1e6:.0f} million tokens, {seconds:.0f} s, last loss {loss.item():.4f}")
 
 
 def parse() -> Options:

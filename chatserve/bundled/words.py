@@ -19,36 +19,54 @@ COMMON_SHARE = 0.25
 ENDINGS = ("com", "org", "net", "de", "io")
 COUNTS = spaced("one two three four five six seven eight nine ten eleven twelve no twenty many several")
 
-COLOURS = spaced("""red blue green yellow orange purple pink brown black white grey teal turquoise violet crimson amber beige
-gold silver ivory magenta maroon navy olive scarlet cyan indigo lilac mint peach rose ruby rust sand coral""")
-FOODS = spaced("""pizza pasta rice bread soup cheese curry sushi salad noodles pancakes dumplings lasagne tacos stew porridge
-chocolate strawberries apples lentils risotto toast ramen waffles goulash falafel paella steak chips fish""")
-GOODS = spaced("""milk eggs bread butter cheese apples bananas rice pasta tea coffee sugar salt flour onions potatoes tomatoes
-soap candles batteries paper matches honey yoghurt carrots garlic lemons oil pepper beans spinach stamps""")
+COLOURS = spaced("""
+    red blue green yellow orange purple pink brown black white grey teal turquoise violet crimson amber beige
+    gold silver ivory magenta maroon navy olive scarlet cyan indigo lilac mint peach rose ruby rust sand coral
+""")
+FOODS = spaced("""
+    pizza pasta rice bread soup cheese curry sushi salad noodles pancakes dumplings lasagne tacos stew porridge
+    chocolate strawberries apples lentils risotto toast ramen waffles goulash falafel paella steak chips fish
+""")
+GOODS = spaced("""
+    milk eggs bread butter cheese apples bananas rice pasta tea coffee sugar salt flour onions potatoes tomatoes
+    soap candles batteries paper matches honey yoghurt carrots garlic lemons oil pepper beans spinach stamps
+""")
 DRINKS = spaced("tea coffee water lemonade cocoa milk cider juice espresso kombucha ginger beer")
-ANIMALS = spaced("""dog cat horse owl fox otter whale rabbit parrot hamster turtle snake lizard wolf bear eagle dolphin
-penguin tiger lion hedgehog badger goat sheep pony duck goose frog spider ferret""")
-NAMES = spaced("""Anna Ben Clara David Emma Felix Grace Henry Ida James Kate Liam Maria Noah Olivia Paul Quinn Rosa Sam Tom
-Uma Vera Will Xena Yusuf Zoe Ada Bob Carl Dora Eric Fatima George Hugo Ines Jack Karl Lena Max Nina Oscar Peter
-Rex Sophie Theo Ursula Victor Wendy Alice Bella Charlie Daisy Luna Milo Coco Rocky Mohammed Chen Priya Olga Ivan
-Sarah John Mary Michael Laura Kevin Julia Mark Susan Lisa Alex Chris Kim""")
+ANIMALS = spaced("""
+    dog cat horse owl fox otter whale rabbit parrot hamster turtle snake lizard wolf bear eagle dolphin penguin
+    tiger lion hedgehog badger goat sheep pony duck goose frog spider ferret
+""")
+NAMES = spaced("""
+    Anna Ben Clara David Emma Felix Grace Henry Ida James Kate Liam Maria Noah Olivia Paul Quinn Rosa Sam Tom
+    Uma Vera Will Xena Yusuf Zoe Ada Bob Carl Dora Eric Fatima George Hugo Ines Jack Karl Lena Max Nina Oscar
+    Peter Rex Sophie Theo Ursula Victor Wendy Alice Bella Charlie Daisy Luna Milo Coco Rocky Mohammed Chen Priya
+    Olga Ivan Sarah John Mary Michael Laura Kevin Julia Mark Susan Lisa Alex Chris Kim
+""")
 CITIES = [
-    *spaced("""London Paris Berlin Madrid Rome Vienna Oslo Lisbon Dublin Prague Warsaw Athens Helsinki Tokyo Delhi Cairo
-Lima Boston Chicago Toronto Sydney Lagos Nairobi Seoul Hamburg Munich Zurich Leeds York Bristol Seattle Austin
-Denver Porto Milan Naples Lyon Ghent"""),
+    *spaced("""
+    London Paris Berlin Madrid Rome Vienna Oslo Lisbon Dublin Prague Warsaw Athens Helsinki Tokyo Delhi Cairo
+    Lima Boston Chicago Toronto Sydney Lagos Nairobi Seoul Hamburg Munich Zurich Leeds York Bristol Seattle
+    Austin Denver Porto Milan Naples Lyon Ghent
+"""),
     "New York",
     "Cape Town",
     "San Diego",
     "Hong Kong",
     "Los Angeles",
 ]
-JOBS = spaced("""baker teacher nurse doctor engineer farmer painter lawyer pilot carpenter plumber gardener chef writer
-actor musician librarian electrician student waiter designer programmer tailor mechanic sailor dentist""")
-HOBBIES = spaced("""chess tennis football knitting painting reading running swimming cycling hiking sailing fishing cooking
-gardening dancing singing skiing climbing yoga photography judo pottery archery rowing surfing""")
-THINGS = spaced("""drawer cupboard kitchen garage garden bathroom bedroom hall cellar attic fridge basket box bag car shed
-wardrobe desk sofa table bed shelf bench chair piano oven cabinet suitcase backpack office library jar bin tent
-windowsill doormat mailbox freezer pocket""")
+JOBS = spaced("""
+    baker teacher nurse doctor engineer farmer painter lawyer pilot carpenter plumber gardener chef writer actor
+    musician librarian electrician student waiter designer programmer tailor mechanic sailor dentist
+""")
+HOBBIES = spaced("""
+    chess tennis football knitting painting reading running swimming cycling hiking sailing fishing cooking
+    gardening dancing singing skiing climbing yoga photography judo pottery archery rowing surfing
+""")
+THINGS = spaced("""
+    drawer cupboard kitchen garage garden bathroom bedroom hall cellar attic fridge basket box bag car shed
+    wardrobe desk sofa table bed shelf bench chair piano oven cabinet suitcase backpack office library jar bin
+    tent windowsill doormat mailbox freezer pocket
+""")
 DAYS = spaced("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = spaced("January February March April May June July August September October November December")
 TASKS = [
@@ -147,7 +165,9 @@ class Words:
         return "".join(self.rng.choice((c, c.upper())) for c in self.made_up())
 
     def number(self, shortest: int, longest: int) -> str:
-        """A number of so many digits; the split applies from three digits on."""
+        """A number of so many digits; the split applies from three digits on, and held-out ones have no fewer."""
+        if self.held_out and longest > 2:
+            shortest = max(shortest, 3)
         digits = self.rng.randint(shortest, longest)
         if digits < 3:
             return self._digits(digits)

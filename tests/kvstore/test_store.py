@@ -290,7 +290,7 @@ run_turn(store, "b", b"red", list(range(40)) + [7])
 def exit_of(session_id, token):
     child = os.fork()
     if child == 0:
-        rows_of(store, base_token_of(store, session_id), token, token + 1).fill_(0)
+        rows_of(store, base_token_of(store, session_id), token, token + 1).fill(0)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

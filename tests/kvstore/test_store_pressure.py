@@ -239,6 +239,6 @@ def test_lost_page_is_found_after_pressure():
     store = make_store(pages=8)
     run_turn(store, "a", RED, TALK)
     store._pool.allocate(1)
-    with pytest.raises(IntegrityError, match="has 1 references"):
+    with pytest.raises(IntegrityError, match="has 1 references and 0 holders"):
         store.check_integrity()
     store.close()

@@ -251,7 +251,7 @@ def _shared(left, right):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None,
+    max_examples=60, stateful_step_count=40, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
 
