@@ -1,4 +1,4 @@
-"""The direction of imports: who may know whom. A new import that breaks a rule is a design decision, not an accident."""
+"""The direction of imports: who may know whom. An import that breaks a rule is a design decision, not an accident."""
 
 from __future__ import annotations
 
