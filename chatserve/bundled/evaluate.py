@@ -179,7 +179,7 @@ class Cases:
             index += 1_000_003
 
     def repeated(self, chat: Chat, fact: Fact, since: int) -> bool:
-        """Whether the value came up again, say as another's name, so that the distance would be shorter than it says."""
+        """Whether the value came up again, say as another's name: then the distance would be shorter than it says."""
         return any(fact.value.casefold() in message.text.casefold() for message in chat.messages[since:])
 
     def far(self, bucket: int, index: int) -> Case:

@@ -1,5 +1,5 @@
 import asyncio, pytest, collections
-from tests.sessions.test_chaos import *
+from tests.sessions.test_chaos import World, ServiceError
 import tests.sessions.test_chaos as tc
 LAST={}
 async def insist(self, work):
@@ -18,7 +18,7 @@ async def test_dbg(stage, seed, monkeypatch):
     people=[asyncio.create_task(world.talk(p),name=f"p{p}") for p in range(10)]
     done,pending=await asyncio.wait(people,timeout=6)
     if pending:
-        print("PENDING",[t.get_name() for t in pending],"dying",dying)
+        import sys, faulthandler; sys.stdout=open("/tmp/dbg.out","w"); print("PENDING",[t.get_name() for t in pending],"dying",dying)
         for t in pending:
             print(t.get_name(), LAST.get(t.get_name()))
             t.print_stack()
@@ -29,5 +29,5 @@ async def test_dbg(stage, seed, monkeypatch):
             if live.turn: print(vars(live.turn)); live.turn._task.print_stack(); live.turn._writer.task.print_stack(); print(live.turn._consuming); live.turn._consuming and live.turn._consuming.print_stack()
         for t in asyncio.all_tasks():
             print("TASK",t.get_name(), t)
-        assert False
+        sys.stdout.flush(); import os; os._exit(3)
     await dying
