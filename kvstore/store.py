@@ -65,7 +65,7 @@ class KVStore:
             range_bytes=range_bytes, max_ranges=max_ranges, tile_tokens=tile_tokens,
         )  # fmt: skip
         self._keeper = Keeper(self._residency, self.max_session_tokens)
-        self._prefix_sharing = prefix_sharing
+        self.prefix_sharing = prefix_sharing
         memory.reserve(max_ranges * range_bytes)
         rows = memory.view(0, max_ranges * range_bytes).view(layout.dtype)
         self.arena = rows.view(-1, layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
@@ -98,7 +98,7 @@ class KVStore:
         if session is None:
             return
         self._residency.close(session)
-        if not self._prefix_sharing:
+        if not self.prefix_sharing:
             self._pool.withdraw(as_page_array(self._index.drop(session.salt)))
 
     def sessions(self) -> list[str]:
@@ -151,7 +151,7 @@ class KVStore:
 
     def _namespace(self, session_id: str, salt: bytes) -> bytes:
         """What separates index trees: the tenant's salt, and the session where nothing is shared."""
-        if self._prefix_sharing:
+        if self.prefix_sharing:
             return salt
         return len(salt).to_bytes(8, "big") + salt + session_id.encode()
 

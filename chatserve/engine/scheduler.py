@@ -99,7 +99,7 @@ class Scheduler:
 
     def _waits_for_leader(self, request: Request) -> bool:
         """Whether a running prefill is computing pages this request could map once they are committed."""
-        if not request.reuse:
+        if not (request.reuse and self._store.prefix_sharing):
             return False
         if request.leader is None or request.leader not in self.running:
             request.leader, request.leader_tokens = self._find_leader(request)

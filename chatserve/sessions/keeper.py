@@ -89,8 +89,10 @@ class TurnKeeper:
         try:
             with pin:
                 await asyncio.sleep(delay_s)
-                if await self._settled(live):
+                while await self._settled(live):
                     await self._go_on(live)
+                    if live.turn is not None or not live.in_doubt:
+                        break  # else a command got stuck meanwhile, and found this task at work already
         finally:
             self._mending.discard(live.id)
 
