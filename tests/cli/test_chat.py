@@ -46,7 +46,7 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def expect(self, pattern, timeout_s=20.0):
+    def expect(self, pattern, timeout_s=60.0):
         """Read until the pattern appears behind what was expected before."""
         deadline_s = time.monotonic() + timeout_s
         while not (match := re.search(pattern, self.shown)):

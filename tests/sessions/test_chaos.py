@@ -42,7 +42,7 @@ class World:
         self._line = self._stage.line()
         self._line.random = self.random
         self.chat = await self._stage.start(FakeEngine(pseudo_random_token, pace_s=0.001), self._line, LIMITS)
-        self._line.failure_rate = 0.25
+        self._line.failure_rate = 0.1
 
     async def insist(self, work: Callable[[Chat], Awaitable[T]]) -> T:
         while True:
