@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -82,3 +83,10 @@ def server_environment() -> dict[str, str]:
     """The environment without settings of our own, with this source tree importable, and few threads."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHATSERVE_")}
     return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 import time
@@ -10,7 +11,10 @@ import psutil
 import pytest
 
 from chatserve.client import ChatClient
+from chatserve.client.errors import CommandFailedError
+from chatserve.storage.redis_binary import find_redis_binary
 from tests.e2e.talking import engine_of, new_session, reply_to
+from tests.live import free_port
 
 LONG = "Count from 1 to 60."
 TERMINAL = ("response.completed", "response.incomplete", "response.cancelled", "response.failed")
@@ -134,6 +138,54 @@ def test_redis_away_at_start_is_a_clear_error(start_server):
     server = start_server("--redis-url=redis://127.0.0.1:1/0", wait=False)
     assert server.process.wait(30) == 1
     assert "127.0.0.1:1" in server.log.read_text()
+
+
+async def test_redis_lost_while_serving(start_server, tmp_path):
+    """With its Redis gone the server refuses turns as storage_unavailable; with it back, it goes on where it was."""
+    port = free_port()
+    redis = await start_redis(port, tmp_path)
+    server = start_server(f"--redis-url=redis://127.0.0.1:{port}/0")
+    async with ChatClient(server.url) as client:
+        session_id = await new_session(client)
+        await reply_to(client, session_id, "My name is Zorvin.")
+        redis.kill()
+        await redis.wait()
+        with pytest.raises(CommandFailedError) as refusal:
+            await client.send(session_id, "Hello!")
+        assert refusal.value.error["code"] == "storage_unavailable"
+        assert refusal.value.error["retryable"] is True
+        assert server.get("/readyz").status_code == 503
+        redis = await start_redis(port, tmp_path)
+        async with asyncio.timeout(30):
+            while server.get("/readyz").status_code != 200:
+                await asyncio.sleep(0.1)
+        reply = await reply_to(client, session_id, "What is my name?")
+    assert "Zorvin" in reply["text"]
+    server.stop()
+    redis.terminate()
+    await redis.wait()
+
+
+async def start_redis(port, directory):
+    """A Redis of its own that keeps what it acknowledged; returns once it answers."""
+    binary = await find_redis_binary()
+    options = (f"--port {port} --bind 127.0.0.1 --dir {directory} --appendonly yes --appendfsync always").split()
+    process = await asyncio.create_subprocess_exec(binary.path, *options, stdout=asyncio.subprocess.DEVNULL)
+    async with asyncio.timeout(20):
+        while not await is_listening(port):
+            await asyncio.sleep(0.05)
+    return process
+
+
+async def is_listening(port):
+    """Whether something accepts connections there."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    await writer.wait_closed()
+    return True
 
 
 def _kill(process):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 
 from chatserve.client import ChatClient
 from chatserve.client.snapshot import branch, text_of
+from tests.live import free_port
 
 
 async def finished(client, response_id, timeout_s=60.0):
@@ -78,10 +78,3 @@ def belongs_to(process: psutil.Process, tmp_path: Path) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(tmp_path)
     except psutil.Error:
         return False
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -154,6 +155,22 @@ async def test_a_full_queue_after_a_restart_is_waited_for(stage: Stage) -> None:
         await asyncio.sleep(0.005)
     engine.failure = None
     assert (await successor.events(session_id))[-1]["type"] == "response.incomplete"
+
+
+async def test_each_response_is_taken_up_once(stage: Stage) -> None:
+    """More running sessions than may idle in memory: every response is continued, and by one turn only."""
+    line = stage.line()
+    chat = await stage.start(FakeEngine(pseudo_random_token, gated=True), line, ONE_BY_ONE)
+    ids = [await chat.create() for _ in range(8)]
+    for session_id in ids:
+        await chat.send(session_id, "a", **TURN)
+    line.cut.set()
+    engine = FakeEngine(pseudo_random_token)
+    successor = await stage.start(engine, limits=dataclasses.replace(ONE_BY_ONE, max_idle_sessions=1))
+    for events in await asyncio.gather(*(successor.events(session_id) for session_id in ids)):
+        assert_coherent(events)
+    assert sorted({request.session_id for request in engine.requests}) == sorted(ids)
+    assert len(engine.requests) == len(ids)
 
 
 @pytest.mark.parametrize("why", ["model", "prompt", "ids"])

@@ -184,6 +184,21 @@ async def test_a_turn_accepted_without_an_answer_runs(stage: Stage) -> None:
     assert events[-1]["response"]["text"] == "One"
 
 
+async def test_two_lost_answers_in_a_row_lose_no_turn(stage: Stage) -> None:
+    """A turn accepted without an answer, while an earlier lost answer is still being looked into, runs as well."""
+    line = stage.line()
+    chat = await stage.start(FakeEngine(saying("One")), line, PATIENT)
+    session_id = await chat.create()
+    line.lose_answers = 2
+    with pytest.raises(StorageUnavailable):
+        await chat.manager.update_session("t", command("session.update", session_id=session_id, title="new"))
+    with pytest.raises(StorageUnavailable):
+        await chat.send(session_id, "a")
+    events = await chat.events(session_id)
+    assert_coherent(events)
+    assert events[-1]["response"]["text"] == "One"
+
+
 async def test_an_update_without_an_answer_is_seen(stage: Stage) -> None:
     """A change that was stored though its answer was lost shows to followers and in the session."""
     line = stage.line()
