@@ -95,7 +95,7 @@ def print_table(rows: Sequence[Measured], distinct_bytes: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     defaults = {
-        "sessions": 64, "shared": 1024, "private": 512, "layers": 5, "kv-heads": 2, "head-dim": 64, "page-bytes": 65536,
+        "sessions": 64, "shared": 1024, "private": 512, "layers": 6, "kv-heads": 2, "head-dim": 64, "page-bytes": 65536,
     }  # fmt: skip
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
