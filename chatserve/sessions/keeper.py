@@ -62,7 +62,7 @@ class TurnKeeper:
         if self._is_open and live.id not in self._mending:
             self._mending.add(live.id)
             pin = ExitStack()
-            None  # from now on: before the task begins it could leave memory
+            pin.enter_context(self._registry.using(live))  # from now on: before the task begins it could leave memory
             self._tasks.spawn(self._mend(live, delay_s, pin), name=f"mend-{live.id}")
 
     async def drain(self, timeout_s: float) -> None:
