@@ -79,7 +79,7 @@ class Link:
             while not self.welcome:
                 event = await self.receive()  # an error may come first: the close code after it says the rest
                 self.welcome = event if event["type"] == "welcome" else {}
-        except BaseException:
+        except BaseException:  # a cancelled greeting must not leave its socket open either; raised again
             await self.close()
             raise
 

@@ -24,11 +24,6 @@ class Access:
         self._bound_host = bound_host.strip("[]").lower()
         self._check_host = is_loopback(bound_host)
 
-    @property
-    def needs_key(self) -> bool:
-        """Whether clients must present an API key."""
-        return bool(self._digests)
-
     def tenant(self, key: str | None) -> str:
         """The tenant that `key` opens; raises Unauthorized, with the same words for a wrong key and for none."""
         if not self._digests:

@@ -10,7 +10,6 @@ MAX_REASON_BYTES = 123  # a control frame holds no more
 class CloseCode(IntEnum):
     """The codes this server closes with. Clients come back after some of them, see `protocol.md`."""
 
-    NORMAL = 1000
     INTERNAL_ERROR = 1011
     RESTART = 1012
     TRY_AGAIN_LATER = 1013

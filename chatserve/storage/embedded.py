@@ -78,7 +78,7 @@ class EmbeddedRedis:
             self._binary = await find_redis_binary()
             self._prepare_directories(self._binary)
             await self._launch()
-        except BaseException:
+        except BaseException:  # a cancelled start must not leave Redis or the lock behind either; raised again
             await self.stop()
             raise
         self._supervision = asyncio.create_task(self._supervise())
