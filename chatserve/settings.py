@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -25,7 +24,6 @@ from chatserve.errors import StartupError
 
 CONFIG_FILE = "chatserve.toml"
 ENV_PREFIX = "CHATSERVE_"
-MAX_DEFAULT_KV_BYTES = 4 << 30
 MIN_KV_BYTES = 1 << 20
 LOCAL_TENANT = "local"
 
@@ -33,7 +31,6 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _KEY = re.compile(r"[!-~]{8,512}")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +84,6 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def default_kv_bytes() -> int:
-    """A quarter of the memory this process may use, at most 4 GiB."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
-    allowed = min(total, int(limit)) if limit.isdigit() else total
-    return min(allowed // 4, MAX_DEFAULT_KV_BYTES)
-
-
 def _split_commas(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -141,14 +130,22 @@ class ServeSettings(BaseSettings):
         "bundled", min_length=1, description="Hugging Face name or local directory of a model, or 'bundled'."
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("Model", "DEVICE")] = Field(
-        "auto", description="Where the model runs: auto or cpu (this version has no GPU engine)."
+        "auto", description="Where the model runs: auto, cpu or cuda; auto is the GPU where one is found."
+    )
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option("Model", "DTYPE", default="auto: float32 on a CPU, bfloat16 on a GPU"),
+    ] = Field("auto", description="Number format of weights and attention history.")
+    load_format: Annotated[Literal["auto", "dummy"], Option("Model", "FORMAT")] = Field(
+        "auto", description="auto reads the weights; dummy makes random ones to measure speed, the text is noise."
     )
     max_context: Annotated[Size | None, Option("Model", "TOKENS", default="the model's own")] = Field(
         None, ge=16, description="Longest session, prompt and reply together, such as 32k."
     )
-    kv_device_memory: Annotated[Size, Option("Model", "BYTES", default="a quarter of the memory, at most 4G")] = Field(
-        default_factory=default_kv_bytes, ge=MIN_KV_BYTES, description="Memory for attention history, such as 4G."
-    )
+    kv_device_memory: Annotated[
+        Size | None,
+        Option("Model", "BYTES", default="on a CPU a quarter of the memory, at most 4G; 90 % of what a GPU has free"),
+    ] = Field(None, ge=MIN_KV_BYTES, description="Memory for attention history, such as 4G.")
 
     max_message_bytes: Annotated[Size, Option("Limits", "BYTES")] = Field(
         1 << 20, ge=1 << 10, le=64 << 20, description="Largest message or request body taken from a client."
@@ -162,8 +159,11 @@ class ServeSettings(BaseSettings):
     max_connections: Annotated[int, Option("Limits", "N")] = Field(
         1024, ge=1, description="Connections in all, also those that have not said hello yet."
     )
-    max_running: Annotated[int, Option("Limits", "N")] = Field(
-        64, ge=1, description="Turns that generate at the same time; others wait."
+    max_running: Annotated[int | None, Option("Limits", "N", default="64 on a CPU, 256 on a GPU")] = Field(
+        None, ge=1, description="Turns that generate at the same time; others wait."
+    )
+    max_step_tokens: Annotated[Size | None, Option("Limits", "TOKENS", default="256 on a CPU, 2048 on a GPU")] = Field(
+        None, ge=1, description="Tokens that one step computes for all turns together; more favours long prompts."
     )
     max_waiting: Annotated[int, Option("Limits", "N")] = Field(
         1024, ge=1, description="Turns that may wait; the next one is refused with queue_full."

@@ -17,6 +17,7 @@ grows. Sessions with the same beginning map the same pages; what is idle is evic
 """
 
 from kvstore.errors import (
+    CudaFault,
     IntegrityError,
     KVError,
     LeaseHeld,
@@ -41,6 +42,7 @@ from kvstore.tensor import VirtualTensor
 
 __all__ = [
     "Boundary",
+    "CudaFault",
     "Eviction",
     "EvictionPolicy",
     "Insertion",

@@ -55,6 +55,18 @@ class MemoryRefused(KVError):
         return f"{self.call} was refused: {self.reason}"
 
 
+class CudaFault(KVError):
+    """The device's context is gone, and all its memory with it: end the process and start another."""
+
+    def __init__(self, call: str, reason: str) -> None:
+        super().__init__(call, reason)
+        self.call = call
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.call} failed: {self.reason}; the CUDA context is lost, restart the process"
+
+
 class LeaseHeld(KVError):
     """The session is leased already; release that lease first."""
 

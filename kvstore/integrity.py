@@ -50,7 +50,6 @@ def _check_session(session: Session, residency: Residency) -> None:
         _check_idle(session)
         return
     check_frontier(session, residency.pool)
-    ensure(session.tensor.is_guarded, f"{session.session_id!r} is leased without its guard pages")
     ensure(len(session.lease.tokens) == session.tensor.num_tokens, "a lease's tokens are not its rows")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 
 from kvstore.arrays import PageArray, TokenArray, as_page_array, common_prefix
-from kvstore.errors import OutOfPages
+from kvstore.errors import MemoryRefused, OutOfPages
 from kvstore.node import Tail
 from kvstore.pool import PageState
 from kvstore.residency import Residency
@@ -20,9 +20,10 @@ from kvstore.session import Session
 class Keeper:
     """The rules of leasing over a `Residency`; see `Lease` and `KVStore` for what callers may expect."""
 
-    def __init__(self, residency: Residency, max_session_tokens: int) -> None:
+    def __init__(self, residency: Residency, max_session_tokens: int, tile_tokens: int) -> None:
         self._residency = residency
         self._max_session_tokens = max_session_tokens
+        self._tile_tokens = tile_tokens
         self._layout = residency.layout
         self._pool = residency.pool
         self._index = residency.index
@@ -35,7 +36,6 @@ class Keeper:
         """
         match = self._index.match(session.salt, tokens)
         if _ends_in_own_tail(session, match):
-            self._residency.mapping(session.tensor.guard)
             self._pool.ref(session.tensor.pages.view)
             return
         match, copied = self._pin(match)
@@ -65,6 +65,13 @@ class Keeper:
             self._pool.unref(pages)
             raise
 
+    def guard(self, session: Session, num_tokens: int) -> None:
+        """Map guards up to the end of the tile in which `num_tokens` end; see `Lease.guard`."""
+        if self._tile_tokens:
+            num_tiles = -(-num_tokens // self._tile_tokens)
+            num_pages = self._layout.pages_for(num_tiles * self._tile_tokens)
+            self._residency.mapping(session.tensor.guard, num_pages)
+
     def publish(self, session: Session) -> int:
         """Index the pages that are complete now; returns the number of tokens that completes the next one."""
         num_pages = self._layout.complete_pages(session.tensor.num_tokens)
@@ -76,6 +83,7 @@ class Keeper:
 
     def release(self, session: Session) -> None:
         """Index what is complete and the tail, free the rest, and leave the session idle with what the index has."""
+        session.tensor.unguard()
         self.publish(session)
         num_kept = session.resident.num_pages + self._publish_tail(session)
         pages = session.tensor.pages.view.copy()
@@ -106,10 +114,17 @@ class Keeper:
         self._pool.ref(source)
         try:
             copy = self._residency.allocate(1)
-            self._residency.memory.copy(boundary.page, int(copy[0]), boundary.num_bytes)
+            self._copy_rows(boundary, copy)
             return copy
         finally:
             self._pool.unref(source)
+
+    def _copy_rows(self, boundary: Boundary, copy: PageArray) -> None:
+        try:
+            self._residency.memory.copy(boundary.page, int(copy[0]), boundary.num_bytes)
+        except MemoryRefused as refusal:
+            self._pool.unref(copy)
+            raise OutOfPages(1, 0) from refusal
 
     def _map(self, session: Session, borrowed: PageArray, copied: PageArray) -> None:
         mapping, tensor = self._residency.mapping, session.tensor
@@ -117,7 +132,6 @@ class Keeper:
             mapping(tensor.borrow, borrowed)
         if len(copied):
             mapping(tensor.extend, copied)
-        mapping(tensor.guard)
 
     def _publish_pages(self, session: Session, num_pages: int) -> None:
         assert session.lease is not None

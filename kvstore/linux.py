@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.errors import MemoryRefused
 
@@ -72,6 +76,13 @@ class LinuxCalls:
         while self._fallocate(*arguments) != 0:
             if ctypes.get_errno() != errno.EINTR:
                 raise MemoryRefused(call, _reason())
+
+
+def sparse_zeros(length: int) -> npt.NDArray[np.int64]:
+    """An array whose untouched parts take no memory, nor any promise of it: arenas of terabytes have large tables."""
+    memory = mmap.mmap(-1, length * 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.int64)
 
 
 def max_map_count() -> int:

@@ -1,7 +1,7 @@
 """The one interface between the store and physical memory.
 
-`kvstore/posix.py` implements it with a memfd and mmap; `kvstore/cuda.py` will implement it with CUDA's virtual memory
-calls. Everything above it, apart from a device's kernels, is the same for both.
+`kvstore/posix.py` implements it with a memfd and mmap, `kvstore/cuda.py` with CUDA's virtual memory calls. Everything
+above it, apart from a device's kernels, is the same for both.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from kvstore.arrays import PageArray
 DEFAULT_PAGE_BYTES = 64 * 1024
 MAX_DEFAULT_PAGES = 32_768
 
-UNMAPPED = -1
+UNMAPPED = -1  # what `mapped` says of a place with nothing
+GUARD = -2  # and of one with a guard
 
 
 class VirtualMemory(Protocol):
     """Physical pages, and one arena of addresses they can be mapped into, each at any number of places.
 
-    Pages are small non-negative integers; addresses are byte offsets into the arena, multiples of `page_bytes`.
+    Pages are small non-negative integers; addresses are byte offsets into the arena, multiples of `page_bytes`. What
+    is mapped may be accessed after the next `settle`.
     A call that raises has changed nothing: MemoryRefused when the system says no, OutOfMappings when a mapping would
     pass `max_mappings`, ValueError for arguments that cannot be meant. Not safe to call from two threads at once.
     """
@@ -54,6 +56,10 @@ class VirtualMemory(Protocol):
         """Make pages of zeros; the lowest unused numbers are taken."""
         ...
 
+    def create_guards(self) -> int:
+        """Make the zeros that `map_guard` maps, once; returns how many pages of memory they take."""
+        ...
+
     def release(self, pages: PageArray) -> None:
         """Give the memory of unmapped pages back to the system."""
         ...
@@ -66,12 +72,20 @@ class VirtualMemory(Protocol):
         """As `map`, but a write through these addresses faults."""
         ...
 
+    def map_guard(self, offset: int, num_pages: int) -> None:
+        """Map zeros, read-only, for kernels that read past an end; unmapped as a whole or with all around it."""
+        ...
+
     def unmap(self, offset: int, num_pages: int) -> None:
-        """Any access to these addresses faults from now on."""
+        """Nothing may access these addresses from now on: it faults, on a device once its queued work is done."""
+        ...
+
+    def settle(self) -> None:
+        """Return when everything mapped so far can be accessed. Raises MemoryRefused; a later call tries again."""
         ...
 
     def mapped(self, offset: int, num_pages: int) -> PageArray:
-        """The page mapped at each place, or UNMAPPED."""
+        """The page mapped at each place, GUARD or UNMAPPED."""
         ...
 
     def zero(self, pages: PageArray) -> None:

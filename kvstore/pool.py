@@ -1,7 +1,7 @@
 """Owns the physical pages: who may have one, how many hold it, and when its memory goes back to the system.
 
-A page is free, private (one writer), indexed (the prefix index holds it, its rows do not change) or guard.
-It knows page numbers and counts; it does not know tokens, addresses or which lease holds what.
+A page is free, private (one writer), indexed (the prefix index holds it, its rows do not change) or guard; the latter
+the memory keeps to itself, they are only counted here. It knows no tokens, no addresses and not who holds what.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class PageState(IntEnum):
     FREE = 1
     PRIVATE = 2
     INDEXED = 3
-    GUARD = 4
+
+
+FREE_BYTE = np.uint8(PageState.FREE)  # compared with thousands of bytes, an enumeration's member is slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,20 @@ class PageCounts:
 
 
 class PagePool:
-    """At most `budget_bytes` of pages, made when first wanted and kept until `shrink`.
+    """At most `budget_bytes` of pages, guards among them, made when first wanted and kept until `shrink`.
 
-    Page arrays passed in hold each page once. Raises ValueError when the budget is less than one page.
+    `capacity_pages` can be handed out, numbers from 0 on. Page arrays passed in hold each page once. Raises ValueError
+    when the budget is less than one page beside the guards.
     """
 
-    def __init__(self, memory: VirtualMemory, budget_bytes: int, floor_bytes: int = 0) -> None:
-        self.capacity_pages = budget_bytes // memory.page_bytes
+    def __init__(
+        self, memory: VirtualMemory, budget_bytes: int, floor_bytes: int = 0, *, with_guards: bool = False
+    ) -> None:
+        self.num_guard = memory.create_guards() if with_guards else 0
+        self.capacity_pages = budget_bytes // memory.page_bytes - self.num_guard
         if self.capacity_pages < 1:
-            raise ValueError(f"budget_bytes={budget_bytes}: must hold at least one page of {memory.page_bytes} bytes")
+            needed = f"must hold at least one page of {memory.page_bytes} bytes beside {self.num_guard} guards"
+            raise ValueError(f"budget_bytes={budget_bytes}: {needed}")
         self._memory = memory
         self._floor_pages = min(self.capacity_pages, -(-floor_bytes // memory.page_bytes))
         self._states = np.zeros(self.capacity_pages, np.uint8)
@@ -76,8 +83,8 @@ class PagePool:
             free=counts[PageState.FREE],
             private=counts[PageState.PRIVATE],
             indexed=counts[PageState.INDEXED],
-            guard=counts[PageState.GUARD],
-            created=self.capacity_pages - counts[PageState.ABSENT],
+            guard=self.num_guard,
+            created=self.capacity_pages - counts[PageState.ABSENT] + self.num_guard,
             idle=self._num_idle,
         )
 
@@ -100,17 +107,11 @@ class PagePool:
         """
         self._ensure_free(num_pages)
         pages = self._choose(num_pages, after)
-        self._memory.zero(pages[self._dirty[pages]])
+        self._zero(pages[self._dirty[pages]])
         self._set_state(pages, PageState.PRIVATE)
         self._refs[pages] = 1
         self._dirty[pages] = True
         return pages
-
-    def allocate_guard(self) -> int:
-        """One page of zeros to map, read-only, where kernels read past an end; never freed."""
-        pages = self.allocate(1)
-        self._set_state(pages, PageState.GUARD)
-        return int(pages[0])
 
     def ref(self, pages: PageArray) -> None:
         """One more holder of each page."""
@@ -138,7 +139,8 @@ class PagePool:
 
     def shrink(self) -> int:
         """Give free pages back to the system, highest first, down to the floor; returns how many."""
-        surplus = min(self._counts[PageState.FREE], self.counts.created - self._floor_pages)
+        created = self.capacity_pages - self._counts[PageState.ABSENT]
+        surplus = min(self._counts[PageState.FREE], created - self._floor_pages)
         if surplus <= 0:
             return 0
         pages = np.flatnonzero(self._states == PageState.FREE)[-surplus:]
@@ -153,15 +155,14 @@ class PagePool:
             ensure(np.count_nonzero(states == state) == self._counts[state], f"{state.name} pages are miscounted")
         counts = self.counts
         ensure(counts.free + counts.private + counts.indexed + counts.guard == counts.created, "pages are lost")
-        held = (states == PageState.PRIVATE) | (states == PageState.INDEXED) | (states == PageState.GUARD)
+        held = (states == PageState.PRIVATE) | (states == PageState.INDEXED)
         ensure(bool(((refs > 0) == held).all()), "a held page has no holder, or a free page has one")
         idle = (states == PageState.INDEXED) & (refs == 1)
         ensure(np.count_nonzero(idle) == self._num_idle, "idle pages are miscounted")
 
     def check_holders(self, holdings: PageArray) -> None:
-        """Raise IntegrityError unless each page, guards apart, is held as often as it stands in `holdings`."""
-        guards = self._states == PageState.GUARD
-        expected = np.bincount(holdings, minlength=self.capacity_pages) + guards
+        """Raise IntegrityError unless each page is held as often as it stands in `holdings`."""
+        expected = np.bincount(holdings, minlength=self.capacity_pages)
         for page in np.flatnonzero(expected != self._refs).tolist():
             ensure(False, f"page {page} has {self._refs[page]} references and {expected[page]} holders")
 
@@ -180,14 +181,28 @@ class PagePool:
         self._set_state(created, PageState.FREE)
         self._dirty[created] = False
 
+    def _zero(self, pages: PageArray) -> None:
+        try:
+            self._memory.zero(pages)
+        except MemoryRefused as refusal:
+            raise OutOfPages(len(pages), 0) from refusal
+
     def _choose(self, num_pages: int, after: int | None) -> PageArray:
         """Free pages: the run right after `after`, else the lowest run long enough, else the lowest pages."""
+        if num_pages == 1:
+            return self._choose_one(after)
         if after is not None and (self._states[after + 1 : after + 1 + num_pages] == PageState.FREE).sum() == num_pages:
             return np.arange(after + 1, after + 1 + num_pages)
         free = np.flatnonzero(self._states == PageState.FREE)
         whole_run = free[num_pages - 1 :] - free[: len(free) - num_pages + 1] == num_pages - 1
         start = int(whole_run.argmax())
         return free[start : start + num_pages] if whole_run[start] else free[:num_pages]
+
+    def _choose_one(self, after: int | None) -> PageArray:
+        """The same for one page, which decoding asks for all the time."""
+        if after is None or after + 1 >= self.capacity_pages or self._states[after + 1] != PageState.FREE:
+            return np.array([(self._states == FREE_BYTE).argmax()])
+        return np.array([after + 1])
 
     def _set_state(self, pages: PageArray, state: PageState) -> None:
         before: npt.NDArray[np.int64] = np.bincount(self._states[pages], minlength=len(PageState))

@@ -7,8 +7,6 @@ places are one mapping and take one call. It knows pages and addresses, not toke
 from __future__ import annotations
 
 import ctypes
-import heapq
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -20,17 +18,17 @@ import torch
 
 from kvstore.arrays import PageArray, as_page_array
 from kvstore.errors import MemoryRefused, OutOfMappings, ensure
-from kvstore.linux import MAP_NORESERVE, LinuxCalls, max_map_count
-from kvstore.memory import DEFAULT_PAGE_BYTES, UNMAPPED
+from kvstore.linux import LinuxCalls, max_map_count
+from kvstore.memory import DEFAULT_PAGE_BYTES, GUARD
+from kvstore.table import READ_ONLY, Entries, PageTable
 
 MEMFD_NAME = "kvstore-pages"
+GUARD_NAME = "kvstore-guard"
 MAPPINGS_SHARE = 0.8
 COPY_BYTES = 1 << 20
 
-# What the table holds for one place of the arena: 0 for nothing, else (page + 1) * 2, plus 1 when read-only.
-# The next place continues the same mapping iff its entry is larger by 2.
-Entries = npt.NDArray[np.int64]
-READ_ONLY = 1
+# The next place continues the same mapping iff its entry is larger by 2, which this never is.
+GUARD_ENTRY = -1
 
 Run = tuple[int, int, int, bool]  # place, pages, first page, writable
 
@@ -56,11 +54,9 @@ class PosixMemory:
         self.num_mappings = 0
         self._calls = calls or LinuxCalls()
         self._file = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC)
+        self._guard_file = os.memfd_create(GUARD_NAME, os.MFD_CLOEXEC)
         self._address: int | None = None
-        self._table: Entries = np.zeros(0, np.int64)
-        self._map_counts = np.zeros(0, np.int32)  # addresses of each page number; -1: no such page
-        self._num_touched = 0  # places of the arena, from its start, beyond which nothing was ever mapped
-        self._unused: list[int] = []  # heap of released page numbers
+        self._table = PageTable(page_bytes)
         self._zeros = bytes(min(page_bytes, COPY_BYTES))
 
     @property
@@ -70,71 +66,66 @@ class PosixMemory:
 
     @property
     def physical_bytes(self) -> int:
-        """Memory the memfd holds, as the system counts it."""
-        return os.fstat(self._file).st_blocks * 512
+        """Memory the memfds hold, as the system counts it."""
+        return sum(os.fstat(file).st_blocks * 512 for file in (self._file, self._guard_file))
 
     def reserve(self, num_bytes: int) -> None:
         """Set aside the arena; ValueError when done already or not a whole number of pages."""
-        if self._address is not None or num_bytes <= 0 or num_bytes % self.page_bytes:
-            raise ValueError(f"reserve({num_bytes}): one arena, a positive multiple of {self.page_bytes} bytes")
+        self._table.reserve(num_bytes)
         self._address = self._calls.reserve(num_bytes)
-        self._table = _sparse_zeros(num_bytes // self.page_bytes)
         self.num_mappings = 1
 
     def create(self, num_pages: int) -> list[int]:
         """Make pages of zeros, their memory allocated; the lowest unused numbers are taken."""
-        reused = min(num_pages, len(self._unused))
-        first = len(self._map_counts)
-        pages = [heapq.heappop(self._unused) for _ in range(reused)]
-        pages += range(first, first + num_pages - reused)
-        try:
-            self._for_each_run(as_page_array(pages), self._allocate, undo=self._punch)
-        except MemoryRefused:
-            for page in pages[:reused]:
-                heapq.heappush(self._unused, page)
-            raise
-        self._map_counts = np.append(self._map_counts, np.zeros(num_pages - reused, np.int32))
-        self._map_counts[pages] = 0
+        pages = self._table.lowest_unused(num_pages)
+        self._for_each_run(as_page_array(pages), self._allocate, undo=self._punch)
+        self._table.add(pages)
         return pages
+
+    def create_guards(self) -> int:
+        """One page of zeros, to be mapped wherever guards are wanted."""
+        self._calls.allocate(self._guard_file, 0, self.page_bytes)
+        return 1
 
     def release(self, pages: PageArray) -> None:
         """Punch the pages out of the memfd; ValueError when one is mapped or was never created."""
-        if (self._counts_of(pages) > 0).any():
-            raise ValueError("release of mapped pages: unmap them first")
+        self._table.ensure_unmapped(pages)
         self._for_each_run(np.sort(pages), self._punch, undo=self._allocate)
-        self._map_counts[pages] = -1
-        for page in pages.tolist():
-            heapq.heappush(self._unused, page)
+        self._table.remove(pages)
 
     def map(self, offset: int, pages: PageArray) -> None:
         """Map pages read-write from `offset` on; all or none."""
-        self._counts_of(pages)
-        self._put(offset, (pages + 1) * 2)
+        self._put(offset, self._table.entries_of(pages, writable=True))
 
     def map_readonly(self, offset: int, pages: PageArray) -> None:
         """Map pages from `offset` on; a write through these addresses is SIGSEGV. All or none."""
-        self._counts_of(pages)
-        self._put(offset, (pages + 1) * 2 + READ_ONLY)
+        self._put(offset, self._table.entries_of(pages, writable=False))
+
+    def map_guard(self, offset: int, num_pages: int) -> None:
+        """Map the one guard page at each of these places; a write is SIGSEGV. All or none."""
+        self._put(offset, np.full(num_pages, GUARD_ENTRY, np.int64))
 
     def unmap(self, offset: int, num_pages: int) -> None:
         """Leave a hole: any access is SIGSEGV."""
         self._put(offset, np.zeros(num_pages, np.int64))
 
+    def settle(self) -> None:
+        """Nothing is left to do: mmap has returned."""
+
     def mapped(self, offset: int, num_pages: int) -> PageArray:
-        """The page at each place, or UNMAPPED."""
-        entries = self._table[self._places(offset, num_pages)]
-        return np.where(entries == 0, UNMAPPED, entries // 2 - 1)
+        """The page at each place, GUARD or UNMAPPED."""
+        return self._table.mapped(offset, num_pages)
 
     def zero(self, pages: PageArray) -> None:
         """Fill pages with zeros through the file, wherever they are mapped."""
-        self._counts_of(pages)
+        self._table.counts_of(pages)
         for page in pages.tolist():
             for position in range(page * self.page_bytes, (page + 1) * self.page_bytes, len(self._zeros)):
                 self._write(self._zeros[: (page + 1) * self.page_bytes - position], position)
 
     def copy(self, source: int, target: int, num_bytes: int) -> None:
         """Copy the first bytes of a page to another, through the file."""
-        self._counts_of(as_page_array([source, target]))
+        self._table.counts_of(as_page_array([source, target]))
         if not 0 <= num_bytes <= self.page_bytes:
             raise ValueError(f"copy of {num_bytes} bytes: a page has {self.page_bytes}")
         for start in range(0, num_bytes, COPY_BYTES):
@@ -143,48 +134,38 @@ class PosixMemory:
 
     def view(self, offset: int, num_bytes: int) -> torch.Tensor:
         """Addresses of the arena as uint8 [num_bytes]."""
-        if self._address is None or offset < 0 or num_bytes <= 0 or offset + num_bytes > self._arena_bytes:
-            raise ValueError(f"view({offset}, {num_bytes}): the arena has {self._arena_bytes} bytes")
+        self._table.ensure_inside(offset, num_bytes)
+        assert self._address is not None
         memory = (ctypes.c_uint8 * num_bytes).from_address(self._address + offset)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
-    @property
-    def _arena_bytes(self) -> int:
-        return len(self._table) * self.page_bytes
-
     def check_integrity(self) -> None:
         """Compare counters with the table, and the table with what Linux says is mapped."""
-        table = self._table[: self._num_touched + 1]
+        table = self._table.touched
         ensure(self.num_mappings == int(self._address is not None) + _breaks(table), "mappings miscounted")
-        mapped = table[table > 0] // 2 - 1
-        counts = np.bincount(mapped, minlength=len(self._map_counts))
-        ensure(bool((counts == np.maximum(self._map_counts, 0)).all()), "a page's mappings are miscounted")
-        ensure(sorted(self._unused) == np.flatnonzero(self._map_counts < 0).tolist(), "page numbers lost")
+        self._table.check_integrity()
         if self._address is not None:
             ensure(self._runs_in_system() == self._runs_in_table(), "the arena is not mapped as the table says")
 
     def close(self) -> None:
         """Give back addresses and memory; idempotent. Views must not be touched afterwards."""
         if self._address is not None:
-            self._calls.munmap(self._address, self._arena_bytes)
+            self._calls.munmap(self._address, self._table.arena_bytes)
             self._address = None
         if self._file >= 0:
             os.close(self._file)
-            self._file = -1
+            os.close(self._guard_file)
+            self._file = self._guard_file = -1
 
     def _put(self, offset: int, entries: Entries) -> None:
         """Make the system and the table agree on new entries; what was there comes back when a call fails."""
-        places = self._places(offset, len(entries))
-        old = self._table[places].copy()
+        places = self._table.places(offset, len(entries))
         num_mappings = self.num_mappings + self._change(places, entries)
         if num_mappings > max(self.max_mappings, self.num_mappings) and entries.any():
             raise OutOfMappings(num_mappings, self.max_mappings)
-        self._apply(places.start, entries, fallback=old)
-        self._table[places] = entries
-        self._num_touched = max(self._num_touched, places.stop)
+        self._apply(places.start, entries, fallback=self._table.entries[places].copy())
+        self._table.put(places, entries)
         self.num_mappings = num_mappings
-        self._count(old, -1)
-        self._count(entries, +1)
 
     def _apply(self, place: int, entries: Entries, *, fallback: Entries | None) -> None:
         for start, stop in _runs(entries):
@@ -200,34 +181,19 @@ class PosixMemory:
         address, num_bytes = self._address + place * self.page_bytes, num_pages * self.page_bytes
         if entry == 0:
             self._calls.hide(address, num_bytes)
-            return
-        offset = (entry // 2 - 1) * self.page_bytes
-        self._calls.map_file(address, num_bytes, self._file, offset, writable=not entry & READ_ONLY)
+        elif entry == GUARD_ENTRY:
+            self._calls.map_file(address, num_bytes, self._guard_file, 0, writable=False)
+        else:
+            offset = (entry // 2 - 1) * self.page_bytes
+            self._calls.map_file(address, num_bytes, self._file, offset, writable=not entry & READ_ONLY)
 
     def _change(self, places: slice, entries: Entries) -> int:
         """How many mappings more there are once `entries` stand at `places`."""
         start = max(0, places.start - 1)
-        around = self._table[start : places.stop + 1].copy()
+        around = self._table.entries[start : places.stop + 1].copy()
         before = _breaks(around)
         around[places.start - start : places.stop - start] = entries
         return _breaks(around) - before
-
-    def _places(self, offset: int, num_pages: int) -> slice:
-        place, rest = divmod(offset, self.page_bytes)
-        if rest or offset < 0 or num_pages <= 0 or place + num_pages > len(self._table):
-            raise ValueError(f"{num_pages} pages at offset {offset}: not whole pages inside the arena")
-        return slice(place, place + num_pages)
-
-    def _counts_of(self, pages: PageArray) -> npt.NDArray[np.int32]:
-        if len(pages) and (int(pages.min()) < 0 or int(pages.max()) >= len(self._map_counts)):
-            raise ValueError(f"pages {pages.tolist()}: not all were created")
-        counts = self._map_counts[pages]
-        if (counts < 0).any():
-            raise ValueError(f"pages {pages[counts < 0].tolist()} are not created")
-        return counts
-
-    def _count(self, entries: Entries, step: int) -> None:
-        np.add.at(self._map_counts, entries[entries > 0] // 2 - 1, step)
 
     def _for_each_run(self, pages: PageArray, do: Callable[[int, int], None], undo: Callable[[int, int], None]) -> None:
         """Call `do(page, num_pages)` for each run of neighbouring pages; `undo` those done when one fails."""
@@ -252,9 +218,9 @@ class PosixMemory:
             raise MemoryRefused("pwrite", f"{len(data)} bytes at {position} were not all written")
 
     def _runs_in_table(self) -> list[Run]:
-        table = self._table[: self._num_touched]
+        table = self._table.touched
         return [
-            (start, stop - start, int(table[start]) // 2 - 1, not table[start] & READ_ONLY)
+            (start, stop - start, _first_page(int(table[start])), table[start] > 0 and not table[start] & READ_ONLY)
             for start, stop in _runs(table)
             if table[start]
         ]
@@ -263,20 +229,18 @@ class PosixMemory:
         assert self._address is not None
         runs = []
         lines = Path("/proc/self/maps").read_text().splitlines()
-        for line in (line for line in lines if MEMFD_NAME in line):
+        for line in (line for line in lines if MEMFD_NAME in line or GUARD_NAME in line):
             addresses, protection, offset, *_ = line.split(maxsplit=3)
             start, stop = (int(address, 16) - self._address for address in addresses.split("-"))
-            if 0 <= start < self._arena_bytes and protection.startswith("r"):
+            if 0 <= start < self._table.arena_bytes and protection.startswith("r"):
                 place, num_pages = start // self.page_bytes, (stop - start) // self.page_bytes
-                runs.append((place, num_pages, int(offset, 16) // self.page_bytes, protection[1] == "w"))
+                page = GUARD if GUARD_NAME in line else int(offset, 16) // self.page_bytes
+                runs.append((place, num_pages, page, protection[1] == "w"))
         return runs
 
 
-def _sparse_zeros(length: int) -> Entries:
-    """An array whose untouched parts take no memory, nor any promise of it: arenas of terabytes have large tables."""
-    memory = mmap.mmap(-1, length * 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.int64)
+def _first_page(entry: int) -> int:
+    return GUARD if entry == GUARD_ENTRY else entry // 2 - 1
 
 
 def _splits(entries: Entries) -> npt.NDArray[np.bool_]:

@@ -5,6 +5,7 @@ It knows sessions as owners of ranges and mapped pages; what rows mean and who s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -33,7 +34,6 @@ class Residency:
         *,
         range_bytes: int,
         max_ranges: int,
-        tile_tokens: int,
     ) -> None:
         self.layout = layout
         self.memory = memory
@@ -46,8 +46,6 @@ class Residency:
         self.max_ranges = max_ranges
         self._range_bytes = range_bytes
         self._free_ranges = list(range(max_ranges))[::-1]
-        self._guard_pages = layout.pages_for(tile_tokens)
-        self._guard_page = pool.allocate_guard() if tile_tokens else None
 
     def open(self, session_id: str) -> Session:
         """A new session with an empty range, if need be that of the least recently used idle one.
@@ -57,10 +55,8 @@ class Residency:
         if not self._free_ranges and not self.recycle():
             raise OutOfRanges(self.max_ranges)
         number = self._free_ranges.pop()
-        tensor = VirtualTensor(
-            self.memory, self.layout, number * self._range_bytes, self._range_bytes // self.layout.page_bytes,
-            guard_page=self._guard_page, guard_pages=self._guard_pages,
-        )  # fmt: skip
+        range_pages = self._range_bytes // self.layout.page_bytes
+        tensor = VirtualTensor(self.memory, self.layout, number * self._range_bytes, range_pages)
         session = Session(session_id, number, tensor, Resident(session_id))
         self.sessions[session_id] = session
         return session
@@ -122,15 +118,14 @@ class Residency:
             self._close_if_empty(session)
 
     def mapping(self, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Make a call that maps pages, unmapping idle sessions while the system has too many mappings.
-
-        Raises OutOfMappings when that does not help.
+        """Make a call that maps pages, or waits for them to be; while it is refused, unmap idle sessions, then give
+        free pages back. Raises OutOfMappings when that does not help.
         """
         while True:
             try:
                 return call(*args, **kwargs)
             except (OutOfMappings, MemoryRefused) as refusal:
-                if not self.recycle():
+                if not self._relieve(refusal):
                     raise self._as_out_of_mappings(refusal) from refusal
 
     def check_integrity(self) -> None:
@@ -145,6 +140,16 @@ class Residency:
     def _close_if_empty(self, session: Session) -> None:
         if not len(session.tensor.pages):
             self.close(session)
+
+    def _relieve(self, refusal: OutOfMappings | MemoryRefused) -> bool:
+        """Give something up that the system may miss; False when there is nothing."""
+        if self.recycle():
+            return True
+        if isinstance(refusal, OutOfMappings):
+            return False
+        with contextlib.suppress(MemoryRefused):
+            return self.pool.shrink() > 0
+        return False
 
     def _as_out_of_mappings(self, refusal: OutOfMappings | MemoryRefused) -> OutOfMappings:
         if isinstance(refusal, OutOfMappings):

@@ -39,6 +39,10 @@ class LeaseKeeper(Protocol):
         """Map writable rows up to `num_tokens`."""
         ...
 
+    def guard(self, session: Session, num_tokens: int) -> None:
+        """Make the rest of the kernel tile in which `num_tokens` end readable."""
+        ...
+
     def publish(self, session: Session) -> int:
         """Put complete pages in the index; returns at how many tokens to call again."""
         ...
@@ -99,6 +103,20 @@ class Lease:
         self._ensure_held()
         if num_tokens > self._tensor.capacity_tokens:
             self._keeper.grow(self._session, num_tokens)
+
+    def guard(self, num_tokens: int) -> None:
+        """A kernel is about to read whole tiles of rows [0, num_tokens): map zeros behind the last page where needed.
+
+        They go with `unguard`, and with anything that maps or unmaps rows. Does nothing in a store without
+        `tile_tokens`. Raises OutOfPages (OutOfMappings) with nothing changed.
+        """
+        self._ensure_held()
+        self._keeper.guard(self._session, num_tokens)
+
+    def unguard(self) -> None:
+        """The kernels that read whole tiles are launched: take guards away before growth has to wait for that."""
+        self._ensure_held()
+        self._tensor.unguard()
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """The rows of these tokens, the next ones after `kv_length`, are written and will not change.

@@ -30,8 +30,9 @@ class KVStore:
     """Leases on sessions' KV rows within `budget_bytes` of pages; `memory` becomes the store's own.
 
     `max_ranges` sessions can be resident at once, each with addresses for `max_tokens` tokens and `tile_tokens` more
-    that kernels may read past its end. The least recently used idle session makes room for a new one; its pages stay
-    in the index. Without `prefix_sharing` a session finds only its own rows. `shrink` keeps `floor_bytes`.
+    that kernels may read past its end (see `Lease.guard`). The least recently used idle session makes room for a new
+    one; its pages stay in the index. Without `prefix_sharing` a session finds only its own rows. `shrink` keeps
+    `floor_bytes`.
     Raises ValueError when the budget does not hold one token, or the arena would pass 2**31 - 1 tokens.
     """
 
@@ -52,19 +53,18 @@ class KVStore:
     ) -> None:
         range_bytes = layout.range_bytes(max_tokens, tile_tokens)
         _check_sizes(layout, memory, max_tokens, max_ranges * range_bytes)
-        usable_pages = budget_bytes // layout.page_bytes - (tile_tokens > 0)  # one is the guard page
-        self.max_session_tokens = min(max_tokens, layout.complete_tokens(usable_pages))
+        self._pool = PagePool(memory, budget_bytes, floor_bytes, with_guards=tile_tokens > 0)
+        self.max_session_tokens = min(max_tokens, layout.complete_tokens(self._pool.capacity_pages))
         if self.max_session_tokens < 1:
             raise ValueError(f"budget_bytes={budget_bytes}: must hold at least one token of {layout.token_bytes} bytes")
         self.layout = layout
         self._memory = memory
-        self._pool = PagePool(memory, budget_bytes, floor_bytes)
         self._index = RadixIndex(layout, fingerprint, policy=policy, clock=clock)
         self._residency = Residency(
             layout, memory, self._pool, self._index,
-            range_bytes=range_bytes, max_ranges=max_ranges, tile_tokens=tile_tokens,
+            range_bytes=range_bytes, max_ranges=max_ranges,
         )  # fmt: skip
-        self._keeper = Keeper(self._residency, self.max_session_tokens)
+        self._keeper = Keeper(self._residency, self.max_session_tokens, tile_tokens)
         self.prefix_sharing = prefix_sharing
         memory.reserve(max_ranges * range_bytes)
         rows = memory.view(0, max_ranges * range_bytes).view(layout.dtype)
@@ -115,7 +115,7 @@ class KVStore:
         residency = self._residency
         return KVStats(
             page_bytes=self.layout.page_bytes,
-            budget_bytes=self._pool.capacity_pages * self.layout.page_bytes,
+            budget_bytes=(self._pool.capacity_pages + self._pool.num_guard) * self.layout.page_bytes,
             physical_bytes=self._memory.physical_bytes,
             pages=self._pool.counts,
             num_sessions=len(residency.sessions),
@@ -126,6 +126,14 @@ class KVStore:
             evicted_pages=residency.evicted_pages,
             evicted_tokens=residency.evicted_tokens,
         )
+
+    def settle(self) -> None:
+        """Return when all that is mapped can be accessed: once a step, after leasing and growing, before kernels run.
+
+        Idle sessions are unmapped and free pages given back where that is refused; raises OutOfMappings when nothing
+        helps. A later call tries again.
+        """
+        self._residency.mapping(self._memory.settle)
 
     def shrink(self) -> None:
         """Give free pages' memory back to the system, down to the floor. For idle moments."""

@@ -12,36 +12,24 @@ import numpy as np
 from kvstore.arrays import GrowingArray, PageArray, as_page_array
 from kvstore.errors import KVError, ensure
 from kvstore.layout import KVLayout
-from kvstore.memory import UNMAPPED, VirtualMemory
+from kvstore.memory import GUARD, UNMAPPED, VirtualMemory
 
 
 class VirtualTensor:
     """Rows `[num_tokens, ...]` from byte `offset` of the arena on, contiguous whatever pages they lie in.
 
-    `range_pages` bounds its addresses. With a guard page, `guard_pages` places after the last page are kept mapped to
-    it, read-only, for kernels that read past the end of the rows. A method that raises has changed nothing a reader
-    could notice.
+    `range_pages` bounds its addresses. `guard` maps zeros after the last page, for kernels that read past the end of
+    the rows; whatever maps or unmaps pages takes them away. A method that raises has changed nothing else.
     """
 
-    def __init__(
-        self,
-        memory: VirtualMemory,
-        layout: KVLayout,
-        offset: int,
-        range_pages: int,
-        *,
-        guard_page: int | None = None,
-        guard_pages: int = 0,
-    ) -> None:
+    def __init__(self, memory: VirtualMemory, layout: KVLayout, offset: int, range_pages: int) -> None:
         self.offset = offset
         self.num_tokens = 0
         self.pages: GrowingArray[np.int64] = GrowingArray([], np.int64)
         self._memory = memory
         self._layout = layout
         self._range_pages = range_pages
-        self._guard_page = guard_page
-        self._guard_pages = guard_pages if guard_page is not None else 0
-        self._num_guarded = 0  # places after the last page that are mapped to the guard page
+        self._num_guarded = 0  # places after the last page that are mapped to guards
 
     @property
     def capacity_tokens(self) -> int:
@@ -80,23 +68,26 @@ class VirtualTensor:
     def cut(self, num_pages: int) -> None:
         """Unmap all but the first `num_pages` pages; only tokens wholly inside these count from now on."""
         surplus = len(self.pages) - num_pages
-        if surplus > 0:
-            self._memory.unmap(self._place(num_pages), surplus + self._num_guarded)
+        if surplus <= 0:
+            self.unguard()
+            return
+        self._memory.unmap(self._place(num_pages), surplus + self._num_guarded)
+        self._num_guarded = 0
+        self.pages.truncate(num_pages)
+        self.num_tokens = min(self.num_tokens, self.capacity_tokens)
+
+    def guard(self, num_pages: int) -> None:
+        """See to it that the first `num_pages` places of the range, as far as it has so many, can be read."""
+        start, stop = len(self.pages) + self._num_guarded, min(num_pages, self._range_pages)
+        if stop > start:
+            self._memory.map_guard(self._place(start), stop - start)
+            self._num_guarded += stop - start
+
+    def unguard(self) -> None:
+        """Take the guards away, if there are any."""
+        if self._num_guarded:
+            self._memory.unmap(self._place(len(self.pages)), self._num_guarded)
             self._num_guarded = 0
-            self.pages.truncate(num_pages)
-            self.num_tokens = min(self.num_tokens, self.capacity_tokens)
-
-    def guard(self) -> None:
-        """See to it that a kernel may read past the last page, if there is one."""
-        end = len(self.pages)
-        if end:
-            self._num_guarded += self._map_guards(end + self._num_guarded, end + self._guard_pages)
-
-    @property
-    def is_guarded(self) -> bool:
-        """Whether as many guards follow the last page as there should be, or as the range has room for."""
-        end = len(self.pages)
-        return end == 0 or self._num_guarded >= min(self._guard_pages, self._range_pages - end)
 
     def fork(self, offset: int, num_tokens: int, boundary_page: int | None = None) -> VirtualTensor:
         """A tensor at `offset` with the same first `num_tokens` tokens: complete pages shared, read-only there.
@@ -109,16 +100,12 @@ class VirtualTensor:
             raise ValueError(
                 f"fork of {num_tokens} of {self.num_tokens} tokens: {num_bytes} bytes need a boundary page"
             )
-        fork = VirtualTensor(
-            self._memory, self._layout, offset, self._range_pages,
-            guard_page=self._guard_page, guard_pages=self._guard_pages,
-        )  # fmt: skip
+        fork = VirtualTensor(self._memory, self._layout, offset, self._range_pages)
         shared = self.pages.view[: self._layout.complete_pages(num_tokens)]
         if len(shared):
             fork.borrow(shared)
         if boundary_page is not None:
-            self._memory.copy(int(self.pages.view[len(shared)]), boundary_page, num_bytes)
-            fork._extend_or_clear(boundary_page)
+            fork._copy_or_clear(int(self.pages.view[len(shared)]), boundary_page, num_bytes)
         fork.num_tokens = num_tokens
         return fork
 
@@ -126,8 +113,7 @@ class VirtualTensor:
         """Raise IntegrityError unless exactly the listed pages, then guards, then nothing, are mapped in the range."""
         expected = np.full(self._range_pages, UNMAPPED, np.int64)
         expected[: len(self.pages)] = self.pages.view
-        if self._guard_page is not None:
-            expected[len(self.pages) : len(self.pages) + self._num_guarded] = self._guard_page
+        expected[len(self.pages) : len(self.pages) + self._num_guarded] = GUARD
         mapped = self._memory.mapped(self.offset, self._range_pages)
         ensure(bool((mapped == expected).all()), f"the range at {self.offset} is not mapped as its tensor says")
         ensure(self.num_tokens <= self.capacity_tokens, "a tensor counts tokens beyond its pages")
@@ -136,30 +122,17 @@ class VirtualTensor:
         count, end = len(self.pages), len(self.pages) + len(pages)
         if end > self._range_pages:
             raise ValueError(f"{len(pages)} more pages after {count}: the range has {self._range_pages}")
-        added = self._map_guards(max(count + self._num_guarded, end), end + self._guard_pages)
-        try:
-            map_at(self._place(count), pages)
-        except KVError:
-            if added:
-                self._memory.unmap(self._place(max(count + self._num_guarded, end)), added)
-            raise
+        self.unguard()
+        map_at(self._place(count), pages)
         self.pages.extend(pages)
-        self._num_guarded = max(0, count + self._num_guarded - end) + added
 
-    def _extend_or_clear(self, page: int) -> None:
+    def _copy_or_clear(self, source: int, target: int, num_bytes: int) -> None:
         try:
-            self.extend(as_page_array([page]))
+            self._memory.copy(source, target, num_bytes)
+            self.extend(as_page_array([target]))
         except KVError:
             self.cut(0)
             raise
-
-    def _map_guards(self, start: int, stop: int) -> int:
-        """Map the guard page at the places [start, stop) that the range has; returns how many these are."""
-        count = max(0, min(stop, self._range_pages) - start)
-        if self._guard_page is None or count == 0:
-            return 0
-        self._memory.map_readonly(self._place(start), np.full(count, self._guard_page, np.int64))
-        return count
 
     def _place(self, index: int) -> int:
         return self.offset + index * self._layout.page_bytes

@@ -27,7 +27,16 @@ class LiveServer:
         self.log = log or data_dir.with_suffix(".log")
         self._stderr = self.log.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "chatserve", "serve", "--port=0", f"--data-dir={data_dir}", *arguments],
+            [
+                sys.executable,
+                "-m",
+                "chatserve",
+                "serve",
+                "--port=0",
+                "--device=cpu",
+                f"--data-dir={data_dir}",
+                *arguments,
+            ],
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             stdin=subprocess.DEVNULL,

@@ -46,12 +46,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
-    option, text = option_of(name), str(field.description).replace("%", "%%")
+    option = option_of(name)
     if field.annotation is bool:
-        group.add_argument(flag_of(name), dest=name, action="store_true", help=text)
+        group.add_argument(flag_of(name), dest=name, action="store_true", help=_escaped(str(field.description)))
         return
     action = "append" if option.repeat else "store"
     repeated = " May be given more than once." if option.repeat else ""
     default = option.default or field.default
-    help_text = f"{text}{repeated} (default: {default})"
+    help_text = _escaped(f"{field.description}{repeated} (default: {default})")
     group.add_argument(flag_of(name), dest=name, action=action, metavar=option.metavar, help=help_text)
+
+
+def _escaped(text: str) -> str:
+    """Text as argparse wants it, which fills in what follows a percent sign."""
+    return text.replace("%", "%%")

@@ -87,6 +87,7 @@ class EngineInfo:
 
     model: str
     max_context: int
+    vocab_size: int
     capacity_tokens: int
     page_bytes: int
     token_bytes: int

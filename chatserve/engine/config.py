@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from chatserve.errors import StartupError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How to load the model and how much to hold.
+    """How to load the model and how much to hold. What is None, `auto` or 0 is decided where the device is known.
 
     `kv_device_bytes` bounds the physical KV memory; `max_context` (tokens, prompt and reply) defaults to the model's;
     `max_step_tokens` bounds one step's prefill and decode together; `page_bytes` 0 derives it from the budget;
-    `num_threads` 0 leaves torch's default. `prefix_sharing` off exists for comparisons.
+    `num_threads` 0 leaves torch's default. `load_format` "dummy" fills the model with random weights.
+    `prefix_sharing` off exists for comparisons.
     """
 
     model: str
-    device: str = "cpu"
+    device: DeviceName = "auto"
     dtype: str = "auto"
-    kv_device_bytes: int = 2 << 30
+    load_format: LoadFormat = "auto"
+    kv_device_bytes: int | None = None
     max_context: int | None = None
-    max_step_tokens: int = 256
-    max_running: int = 64
+    max_step_tokens: int | None = None
+    max_running: int | None = None
     max_waiting: int = 1024
     page_bytes: int = 0
     num_threads: int = 0
@@ -31,10 +36,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("kv_device_bytes", "max_step_tokens", "max_running", "max_waiting"):
-            if getattr(self, name) <= 0:
-                raise StartupError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.device != "cpu":
-            raise StartupError(f"device {self.device!r} is not supported by this version; use --device cpu")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise StartupError(f"{name} is {value}; it must be at least 1")
 
     def as_map(self) -> dict[str, Any]:
         """The fields as they travel to the engine."""

@@ -1,21 +1,22 @@
 """The engine without its process: commands in, a step, events out.
 
-A step is three verbs: schedule, run, commit. Commands and events are the lists that `wire` carries;
+A step is three verbs: schedule, run, commit. Where the runner works beside the host, step n is committed after step
+n + 1 was launched, so the device never waits. Commands and events are the lists that `wire` carries;
 `EngineCore.handle` and the `_*_event` functions at the end are the only places that know their shape.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from chatserve.engine.api import FinishReason, SamplingParams
 from chatserve.engine.history import HistoryTable
 from chatserve.engine.request import Request
-from chatserve.engine.runner import Runner
+from chatserve.engine.runner import Runner, Step
 from chatserve.engine.scheduler import Scheduler, Work
-from kvstore import IntegrityError, KVStore
+from kvstore import IntegrityError, KVStore, OutOfPages
 
 OUT_OF_MEMORY = (
     "the system has less memory than the KV budget promises, and nothing is left to evict; "
@@ -25,7 +26,10 @@ Event = list[Any]
 
 
 class EngineCore:
-    """Owns the queue and the store; single-threaded. `step` does nothing when nothing waits or runs."""
+    """Owns the queue and the store; single-threaded. `step` does nothing when nothing waits or runs.
+
+    `ahead_tokens`: see `Scheduler`.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class EngineCore:
         max_step_tokens: int,
         max_running: int,
         max_waiting: int,
+        ahead_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
@@ -45,13 +50,16 @@ class EngineCore:
         self._clock = clock
         self._history = HistoryTable()
         self._requests: dict[str, Request] = {}
-        self._scheduler = Scheduler(store, max_step_tokens=max_step_tokens, max_running=max_running, clock=clock)
+        self._scheduler = Scheduler(
+            store, max_step_tokens=max_step_tokens, max_running=max_running, clock=clock, ahead_tokens=ahead_tokens
+        )
+        self._in_flight: Step | None = None
         self._events: list[Event] = []
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
-        return not self._requests
+        """Nothing waits, runs or is in flight."""
+        return not self._requests and self._in_flight is None
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
@@ -69,28 +77,54 @@ class EngineCore:
         verbs[command["verb"]](command)
 
     def step(self) -> None:
-        """Schedule, run, commit."""
-        self._finish_cancelled()
-        work = self._scheduler.schedule()
+        """Schedule, run, commit: what was launched in this step, or the step before if the runner works beside us."""
+        self._finish_cancelled(self._scheduler.waiting)
+        work = self._schedule()
         self._refuse_unservable()
-        if work:
-            self._commit(work, self._runner.run(work))
+        launched = self._runner.launch(work) if work else None
+        if self._runner.overlaps:
+            launched, self._in_flight = self._in_flight, launched
+        if launched:
+            self._commit(launched)
+        self._finish_cancelled(self._scheduler.running)  # with what was in flight for them counted
 
-    def _commit(self, work: list[Work], tokens: dict[Request, int]) -> None:
+    def _schedule(self) -> list[Work]:
+        """The step's work, its rows mapped; requests that the system refuses mappings for give way."""
+        work = self._scheduler.schedule()
+        while work:
+            try:
+                self._runner.reserve(work)
+                self.store.settle()
+                return work
+            except OutOfPages:
+                self._scheduler.retreat()
+                work = [item for item in work if item.lease is item.request.lease]
+        return work
+
+    def _commit(self, step: Step) -> None:
+        """Count what a step has done. What was computed for a request that has ended or was preempted since is dead."""
+        tokens = step.tokens()
         now = self._clock()
-        for item in work:
-            request = item.request
-            assert request.lease is not None
-            start = request.kv_length
-            request.lease.commit(request.token_ids[start : start + item.num_tokens])
-        for request, token in tokens.items():
-            if request.started_s is None:
-                request.started_s = now
-                self._events.append(_started_event(request, self._miss_reason(request)))
-            request.token_ids.append(token)
-            self._events.append(_tokens_event(request, token))
-            if request.finish_reason:
-                self._finish(request, request.finish_reason)
+        sampled = iter(tokens)
+        for item in step.work:
+            token = next(sampled) if item.samples else None
+            if item.lease is item.request.lease:
+                self._commit_rows(item)
+                if token is not None:
+                    self._commit_token(item.request, token, now)
+
+    def _commit_rows(self, item: Work) -> None:
+        item.lease.commit(item.request.token_ids[item.start : item.end])
+
+    def _commit_token(self, request: Request, token: int, now: float) -> None:
+        if request.started_s is None:
+            request.started_s = now
+            self._events.append(_started_event(request, self._miss_reason(request)))
+        request.num_unknown -= 1
+        request.token_ids.append(token)
+        self._events.append(_tokens_event(request, token))
+        if request.finish_reason:
+            self._finish(request, request.finish_reason)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.finish(request)
@@ -98,8 +132,8 @@ class EngineCore:
         self._history.remember(request.session_id, request.token_ids)
         self._events.append(_finished_event(request, reason, self._clock()))
 
-    def _finish_cancelled(self) -> None:
-        for request in [r for r in self._scheduler.requests() if r.cancelled]:
+    def _finish_cancelled(self, requests: Iterable[Request]) -> None:
+        for request in [request for request in requests if request.cancelled]:
             self._finish(request, "cancelled")
 
     def _refuse_unservable(self) -> None:

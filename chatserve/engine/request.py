@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from chatserve.engine.api import FinishReason, SamplingParams
 from kvstore import Lease
+from kvstore.arrays import TokenArray, as_token_array
 
 
 @dataclass(slots=True, eq=False)
@@ -14,6 +15,8 @@ class Request:
 
     `token_ids` grows by the tokens generated; `num_prompt` of them were given. The last one never has a KV row until
     the step after it was sampled. `max_tokens` is the length at which the request ends, for `limit_reason`.
+    Steps in flight run ahead of what is known: `num_scheduled` tokens have rows or will have, `num_unknown` were
+    sampled on the device and have not arrived. `slot` is the place of the last one of them there.
     """
 
     request_id: str
@@ -30,12 +33,19 @@ class Request:
     history_known: bool
     arrived_s: float
     lease: Lease | None = None
+    slot: int = 0
+    num_scheduled: int = 0
+    num_unknown: int = 0
     cancelled: bool = False
     admitted_s: float | None = None
     started_s: float | None = None
     num_cached_tokens: int = 0
     leader: Request | None = field(default=None, repr=False)
     leader_tokens: int = 0
+    given: TokenArray = field(init=False, repr=False)  # the ids it came with, to compare with others'
+
+    def __post_init__(self) -> None:
+        self.given = as_token_array(self.token_ids)
 
     @property
     def kv_length(self) -> int:
@@ -43,9 +53,19 @@ class Request:
         return self.lease.kv_length if self.lease else 0
 
     @property
+    def num_expected(self) -> int:
+        """Tokens of the request once what is in flight has arrived."""
+        return len(self.token_ids) + self.num_unknown
+
+    @property
     def num_pending(self) -> int:
-        """Tokens that still need KV rows; 1 while decoding."""
-        return len(self.token_ids) - self.kv_length
+        """Tokens that no step has been given yet: 1 while decoding, 0 when the tokens in flight are the last ones."""
+        num_expected = self.num_expected
+        if self.cancelled:
+            return 0
+        if self.num_unknown and num_expected >= self.max_tokens:
+            return 0
+        return num_expected - self.num_scheduled
 
     @property
     def finish_reason(self) -> FinishReason | None:

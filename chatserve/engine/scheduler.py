@@ -5,33 +5,55 @@ It knows requests, leases and the KV store; it does not know the model, the wire
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from chatserve.engine.request import Request
 from kvstore import KVStore, Lease, OutOfPages
+from kvstore.arrays import common_prefix
+
+OLDEST_SHARE = 4  # the oldest prefill gets at least this fraction of a step
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request's share of a step: its next `num_tokens` tokens get KV rows."""
+    """One request's share of a step: its tokens [start, start + num_tokens) get KV rows.
+
+    `samples` when the request's next token follows from them. Work whose `lease` is no longer the request's is dead.
+    """
 
     request: Request
+    lease: Lease
+    start: int
     num_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """Tokens of the request that have rows after the step."""
+        return self.start + self.num_tokens
 
 
 class Scheduler:
     """Continuous batching under a token budget.
 
-    Decodes go first, one token each. What is left of the budget is shared evenly among prefills, so a long prompt
-    delays a short one by no more than its share. The oldest running request is never preempted, hence progress.
+    Decodes go first, one token each. Of what is left the oldest prefill is sure of a quarter, so a long prompt is never
+    stuck; the rest goes to the shortest first, so a short one does not wait for a long one either. The oldest running
+    request is never preempted, hence progress. `ahead_tokens` more rows than needed are mapped where memory allows.
     `unservable` collects requests that the system has no memory for although nothing else runs.
     """
 
-    def __init__(self, store: KVStore, *, max_step_tokens: int, max_running: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: KVStore,
+        *,
+        max_step_tokens: int,
+        max_running: int,
+        clock: Callable[[], float],
+        ahead_tokens: int = 0,
+    ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.unservable: list[Request] = []
@@ -39,13 +61,23 @@ class Scheduler:
         self._layout = store.layout
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
+        self._ahead_tokens = ahead_tokens
+        self._free_slots = list(range(max_running))
         self._clock = clock
 
     def schedule(self) -> list[Work]:
-        """The next step's work; empty only when nothing waits or runs, or all that waited went to `unservable`."""
+        """The next step's work, decodes first; empty when nothing waits or runs, or all there is is in flight."""
         self._admit()
-        work = [Work(request, 1) for request in self._growable_decodes()]
+        work = [_assign(request, 1) for request in self._growable_decodes()]
         return work + list(self._share_prefill(self._max_step_tokens - len(work)))
+
+    def retreat(self) -> None:
+        """Preempt the newest request, because the system refused mappings that were promised; alone it cannot run."""
+        request = self.running[-1]
+        self._preempt(request)
+        if not self.running:
+            self.waiting.popleft()
+            self.unservable.append(request)
 
     def finish(self, request: Request) -> None:
         """Take the request out wherever it is and release its pages to the index."""
@@ -55,15 +87,10 @@ class Scheduler:
             self.waiting.remove(request)
         self._release(request)
 
-    def requests(self) -> Iterator[Request]:
-        """All requests, running first."""
-        yield from self.running
-        yield from self.waiting
-
     def _admit(self) -> None:
         """Admit in order of arrival. Who waits for a leader lets others pass; who waits for memory does not."""
         blocked: list[Request] = []
-        while self.waiting and len(self.running) < self._max_running:
+        while self.waiting and self._has_room():
             request = self.waiting.popleft()
             if self._waits_for_leader(request):
                 blocked.append(request)
@@ -73,11 +100,19 @@ class Scheduler:
                 break
         self.waiting.extendleft(reversed(blocked))
 
+    def _has_room(self) -> bool:
+        """Whether another request could get tokens now: rows are mapped for prompts whose turn has come only."""
+        share = self._oldest_share
+        backlog = sum(min(request.num_pending, share) for request in self.running if request.num_pending > 1)
+        return len(self.running) < self._max_running and backlog < self._max_step_tokens
+
     def _try_admit(self, request: Request) -> bool:
         lease = self._lease_whole_prompt(request)
         if lease is None:
             return False
         request.lease = lease
+        request.num_scheduled = lease.kv_length
+        request.slot = self._free_slots.pop()
         if request.admitted_s is None:
             request.admitted_s = self._clock()
             request.num_cached_tokens = lease.num_cached_tokens
@@ -95,6 +130,7 @@ class Scheduler:
         except OutOfPages:
             lease.release()
             return None
+        self._grow_ahead(request, lease)
         return lease
 
     def _waits_for_leader(self, request: Request) -> bool:
@@ -112,10 +148,9 @@ class Scheduler:
     def _find_leader(self, request: Request) -> tuple[Request | None, int]:
         """The running prefill that shares the longest prefix with the request, and that prefix's length in tokens."""
         best: tuple[Request | None, int] = (None, 0)
-        tokens = np.asarray(request.token_ids)
         for other in self.running:
             if other.num_pending > 1 and other.salt == request.salt:
-                shared = _common_prefix(tokens, np.asarray(other.token_ids))
+                shared = common_prefix(request.given, other.given)
                 if shared > best[1]:
                     best = (other, shared)
         return best
@@ -130,7 +165,7 @@ class Scheduler:
         return [request for request in ready if request.lease is not None]
 
     def _grow_or_preempt(self, request: Request, lease: Lease) -> bool:
-        needed = len(request.token_ids)
+        needed = request.num_expected
         while lease.capacity_tokens < needed:
             try:
                 lease.grow(needed)
@@ -139,7 +174,15 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is request:
                     return False
+        self._grow_ahead(request, lease)
         return True
+
+    def _grow_ahead(self, request: Request, lease: Lease) -> None:
+        """Map the next rows before they are needed, if that costs nobody anything."""
+        wanted = min(request.num_expected + self._ahead_tokens, request.max_tokens)
+        if lease.capacity_tokens < wanted:
+            with contextlib.suppress(OutOfPages):
+                lease.grow(wanted)
 
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue: its tokens stay, its pages become evictable."""
@@ -149,21 +192,36 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         if request.lease is not None:
+            self._free_slots.append(request.slot)
             request.lease.release()
             request.lease = None
+            request.num_unknown = 0
 
-    def _share_prefill(self, budget: int) -> Iterable[Work]:
-        """Split `budget` tokens evenly, shortest first so that what a short prompt leaves goes to the longer ones."""
-        prefills = sorted((r for r in self.running if r.num_pending > 1), key=lambda r: r.num_pending)
-        for index, request in enumerate(prefills):
-            num_tokens = min(request.num_pending, max(1, budget // (len(prefills) - index)))
-            if budget <= 0:
-                return
-            budget -= num_tokens
-            yield Work(request, num_tokens)
+    @property
+    def _oldest_share(self) -> int:
+        """Tokens a step that the oldest prefill is sure of."""
+        return -(-self._max_step_tokens // OLDEST_SHARE)
+
+    def _share_prefill(self, budget: int) -> Iterator[Work]:
+        """Give out `budget` tokens: a part to the oldest prefill, then all to the shortest, in order of arrival."""
+        prefills = [request for request in self.running if request.num_pending > 1]
+        by_length = sorted(prefills, key=lambda request: request.num_pending)
+        reserved = min(self._oldest_share, prefills[0].num_pending) if prefills else 0
+        for request in by_length:
+            kept = 0 if request is prefills[0] else reserved
+            num_tokens = min(request.num_pending, budget - kept)
+            if request is prefills[0]:
+                reserved = 0
+            if num_tokens > 0:
+                budget -= num_tokens
+                yield _assign(request, num_tokens)
 
 
-def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    length = min(len(left), len(right))
-    different = np.flatnonzero(left[:length] != right[:length])
-    return int(different[0]) if len(different) else length
+def _assign(request: Request, num_tokens: int) -> Work:
+    """Hand the request's next tokens to a step."""
+    assert request.lease is not None
+    start = request.num_scheduled
+    request.num_scheduled += num_tokens
+    samples = request.num_scheduled == request.num_expected
+    request.num_unknown += samples
+    return Work(request, request.lease, start, num_tokens, samples)

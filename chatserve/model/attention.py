@@ -69,7 +69,7 @@ class CpuAttention:
             self.attention_name = self._kind.kernel.name
         except NativeUnavailable as reason:
             self._kind = SdpaAttention(arena)
-            self.attention_name = f"torch SDPA ({reason})"
+            self.attention_name = f"{SdpaAttention.attention_name} ({reason})"
 
     def plan(self, spans: Sequence[Span], rows: Tensor) -> AttentionStep:
         """Prepare one step. `rows` [n] int64 are the arena rows of the step's tokens, in the order of the spans.
@@ -96,6 +96,8 @@ class NativeAttention:
 class SdpaAttention:
     """Attention with torch's kernels, a call per span, straight on strided views: no history is ever copied."""
 
+    attention_name = "torch SDPA"
+
     def __init__(self, arena: Tensor) -> None:
         self._arena = arena
         self._sides = [layer.unbind(1) for layer in arena.unbind(1)]
@@ -107,7 +109,7 @@ class SdpaAttention:
         for span in spans:
             shape = (span.num_queries, span.kv_length)
             if shape not in masks:
-                masks[shape] = _causal_mask(*shape, self._arena.dtype)
+                masks[shape] = _causal_mask(*shape, self._arena)
         planned = [self._plan_span(span, masks[span.num_queries, span.kv_length]) for span in spans]
         return _SdpaStep(self._sides, planned, [span.num_queries for span in spans], rows)
 
@@ -161,11 +163,11 @@ def _attend(span: _PlannedSpan, layer: int, queries: Tensor) -> Tensor:
     return output.permute(2, 0, 1, 3).reshape(queries.shape)
 
 
-def _causal_mask(num_queries: int, kv_length: int, dtype: torch.dtype) -> Tensor | None:
+def _causal_mask(num_queries: int, kv_length: int, like: Tensor) -> Tensor | None:
     """Additive mask [num_queries, kv_length]: query i sees keys up to kv_length - num_queries + i."""
     if num_queries == 1:
         return None
-    mask = torch.full((num_queries, kv_length), float("-inf"), dtype=dtype)
+    mask = torch.full((num_queries, kv_length), float("-inf"), dtype=like.dtype, device=like.device)
     return mask.triu_(kv_length - num_queries + 1)
 
 

@@ -7,14 +7,25 @@ It assumes no device and no dtype, and knows neither checkpoints nor sessions.
 from __future__ import annotations
 
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, rms_norm, silu
 
-from chatserve.model.attention import AttentionStep
 from chatserve.model.config import ModelConfig
-from chatserve.model.rope import rope_table, rotate, select_positions
+from chatserve.model.operations import Operations, Projection, TorchOperations, make_parameter
+
+
+class LayerAttention(Protocol):
+    """The attention of one step, planned for its tokens."""
+
+    def run(self, layer: int, heads: Tensor, qk_norm: Tensor | None) -> Tensor:
+        """Write the step's keys and values to the arena and attend to it: [n, num_heads, head_dim].
+
+        `heads` [n, num_heads + 2 * num_kv_heads, head_dim] are query, key and value heads before norm and rotation;
+        `qk_norm` [num_heads + num_kv_heads, head_dim] scales normalised query and key heads where a model has that.
+        """
+        ...
 
 
 class Decoder(nn.Module):
@@ -22,32 +33,42 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        parameter = partial(_parameter, dtype=dtype, device=device)
+        parameter = partial(make_parameter, dtype=dtype, device=device)
         self.config = config
+        self.operations: Operations = TorchOperations()
         self.embedding = parameter(config.vocab_size, config.hidden_size)
         self._layers = [DecoderLayer(index, config, dtype=dtype, device=device) for index in range(config.num_layers)]
         self.layers = nn.ModuleList(self._layers)  # registers them; iterating the plain list is quicker and typed
         self.final_norm = parameter(config.hidden_size)
         self.lm_head = self.embedding if config.tie_embeddings else parameter(config.vocab_size, config.hidden_size)
-        self.rope: Tensor
-        self.register_buffer("rope", rope_table(config, dtype=dtype, device=device), persistent=False)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, attention: AttentionStep, logit_rows: Tensor) -> Tensor:
-        """Logits [r, vocab_size] float32 that follow the tokens at `logit_rows` [r].
+    def forward(self, input_ids: Tensor, attention: LayerAttention, logit_rows: Tensor | None) -> Tensor:
+        """Logits [r, vocab_size] float32 that follow the tokens at `logit_rows` [r]; None means all tokens.
 
-        `input_ids` and `positions` are [n] int64; `attention` was planned for these n tokens.
+        `input_ids` are [n] integers; `attention` was planned for these n tokens.
         """
-        hidden = embedding(input_ids, self.embedding)
-        cos, sin = select_positions(self.rope, positions)
-        last = self.config.num_layers - 1
-        for index, layer in enumerate(self._layers):
-            layer.attend(hidden, cos, sin, attention)
-            if index == last:  # nothing reads the other tokens' output once their keys and values are written
-                hidden = hidden.index_select(0, logit_rows)
-            layer.feed_forward(hidden)
-        hidden = rms_norm(hidden, (hidden.shape[-1],), self.final_norm, self.config.rms_norm_eps)
-        return linear(hidden, self.lm_head).float()
+        hidden, output = self.body(input_ids, attention)
+        return self.head(hidden, output, logit_rows)
+
+    @torch.inference_mode()
+    def body(self, input_ids: Tensor, attention: LayerAttention) -> tuple[Tensor, Tensor]:
+        """Everything up to the last layer's attention: `hidden` [n, hidden_size] before it, and its output."""
+        operations = self.operations
+        hidden = operations.embed(input_ids, self.embedding)
+        for layer in self._layers[:-1]:
+            layer.add_attended(hidden, layer.attend(hidden, attention, operations), operations)
+            layer.feed_forward(hidden, operations)
+        return hidden, self._layers[-1].attend(hidden, attention, operations)
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor, output: Tensor, logit_rows: Tensor | None) -> Tensor:
+        """What follows the last attention, for the tokens at `logit_rows` only: nobody reads the others' any more."""
+        if logit_rows is not None:
+            hidden, output = hidden.index_select(0, logit_rows), output.index_select(0, logit_rows)
+        self._layers[-1].add_attended(hidden, output, self.operations)
+        self._layers[-1].feed_forward(hidden, self.operations)
+        return self.operations.logits(hidden, self.final_norm, self.config.rms_norm_eps, self.lm_head)
 
 
 class DecoderLayer(nn.Module):
@@ -59,58 +80,31 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, index: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        parameter = partial(_parameter, dtype=dtype, device=device)
+        parameter = partial(make_parameter, dtype=dtype, device=device)
         projection = partial(Projection, dtype=dtype, device=device)
         hidden, inner = config.hidden_size, config.intermediate_size
+        num_rotated = config.num_heads + config.num_kv_heads
         self._index = index
-        self._num_heads = config.num_heads
-        self._num_rotated = config.num_heads + config.num_kv_heads
         self._head_dim = config.head_dim
         self._eps = config.rms_norm_eps
         self.input_norm = parameter(hidden)
         self.qkv = projection(hidden, config.q_size + 2 * config.kv_size, bias=config.qkv_bias)
-        self.qk_norm = parameter(self._num_rotated, config.head_dim) if config.qk_norm else None
+        self.qk_norm = parameter(num_rotated, config.head_dim) if config.qk_norm else None
         self.o = projection(config.q_size, hidden, bias=config.o_bias)
         self.post_norm = parameter(hidden)
         self.gate_up = projection(hidden, 2 * inner, bias=config.mlp_bias)
         self.down = projection(inner, hidden, bias=config.mlp_bias)
 
-    def attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStep) -> None:
-        """Add the attention's output to `hidden`; `cos` and `sin` are [n, 1, head_dim]."""
-        normed = rms_norm(hidden, (hidden.shape[-1],), self.input_norm, self._eps)
-        heads = self.qkv(normed).view(hidden.shape[0], -1, self._head_dim)
-        qk, v = heads[:, : self._num_rotated], heads[:, self._num_rotated :]
-        if self.qk_norm is not None:
-            qk = rms_norm(qk, (self._head_dim,), None, self._eps).mul_(self.qk_norm)
-        qk = rotate(qk, cos, sin)
-        output = attention.run(self._index, qk[:, : self._num_heads], qk[:, self._num_heads :], v)
-        self.o.add_to(hidden, output.flatten(1))
+    def attend(self, hidden: Tensor, attention: LayerAttention, operations: Operations) -> Tensor:
+        """The attention's output [n, num_heads, head_dim]."""
+        heads = operations.norm_project(hidden, self.input_norm, self._eps, self.qkv)
+        return attention.run(self._index, heads.view(heads.shape[0], -1, self._head_dim), self.qk_norm)
 
-    def feed_forward(self, hidden: Tensor) -> None:
+    def add_attended(self, hidden: Tensor, output: Tensor, operations: Operations) -> None:
+        """Add the attention's projected output to `hidden`."""
+        operations.add_projected(hidden, output.flatten(1), self.o)
+
+    def feed_forward(self, hidden: Tensor, operations: Operations) -> None:
         """Add the gated feed-forward's output to `hidden`."""
-        normed = rms_norm(hidden, (hidden.shape[-1],), self.post_norm, self._eps)
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        self.down.add_to(hidden, silu(gate).mul_(up))
-
-
-class Projection(nn.Module):
-    """A linear map [out_size, in_size] with an optional bias [out_size]."""
-
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.weight = _parameter(out_size, in_size, dtype=dtype, device=device)
-        self.bias = _parameter(out_size, dtype=dtype, device=device) if bias else None
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map `rows` [n, in_size] to [n, out_size]."""
-        return linear(rows, self.weight, self.bias)
-
-    def add_to(self, total: Tensor, rows: Tensor) -> None:
-        """Add the map of `rows` [n, in_size] to `total` [n, out_size] in place, within the multiplication itself."""
-        total.addmm_(rows, self.weight.t())
-        if self.bias is not None:
-            total.add_(self.bias)
-
-
-def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        gated = operations.norm_gate(hidden, self.post_norm, self._eps, self.gate_up)
+        operations.add_projected(hidden, gated, self.down)

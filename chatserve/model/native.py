@@ -138,7 +138,7 @@ def load_kernel() -> NativeKernel | NativeUnavailable:
 def _load_first_working() -> NativeKernel:
     reasons: list[str] = []
     source = _source()
-    directory = _cache_directory()
+    directory = cache_directory()
     for compiler in _compilers():
         for cpu_flag in CPU_FLAGS:
             try:
@@ -207,7 +207,7 @@ def _source() -> Path:
     )
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """A directory that nobody else can write to, since what lies there is loaded into this process."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:

@@ -36,6 +36,7 @@ _IDENTITY_FILES = (
     "vocab.json",
     "merges.txt",
 )
+RANDOM_STD = 0.02
 _WHOLE_TENSOR_BYTES = 1 << 20
 _SAMPLE_BYTES = 4096
 _SAMPLES_PER_TENSOR = 64
@@ -73,6 +74,18 @@ def load_decoder(pretrained: Pretrained, config: ModelConfig, *, dtype: torch.dt
     return decoder.eval()
 
 
+def random_decoder(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A decoder of the config's shape with small random weights: it runs as fast as a real one and says nothing."""
+    decoder = Decoder(config, dtype=dtype, device=device)
+    torch.manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=RANDOM_STD)
+    return decoder.eval()
+
+
 def name_table(config: ModelConfig) -> dict[str, Place]:
     """Checkpoint tensor name to place, for every tensor a checkpoint of this config must have."""
     table = {
@@ -87,17 +100,18 @@ def name_table(config: ModelConfig) -> dict[str, Place]:
     return table
 
 
+def config_fingerprint(directory: Path) -> bytes:
+    """32 bytes that differ when the config or the tokenizer differ."""
+    return _identity(directory).digest()
+
+
 def weights_fingerprint(directory: Path) -> bytes:
     """32 bytes that differ when the weights, the config or the tokenizer differ, wherever the directory lies.
 
     Small files and small tensors count whole; of a large tensor 64 samples spread over it, its type, shape and size.
     Raises `StartupError` if the weights are missing or unreadable.
     """
-    digest = hashlib.blake2b(digest_size=32)
-    for name in _IDENTITY_FILES:
-        path = directory / name
-        content = path.read_bytes() if path.is_file() else b""
-        _update(digest, name.encode(), content)
+    digest = _identity(directory)
     for path in _weight_files(directory):
         try:
             with path.open("rb") as file:
@@ -105,6 +119,15 @@ def weights_fingerprint(directory: Path) -> bytes:
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(path, error) from error
     return digest.digest()
+
+
+def _identity(directory: Path) -> hashlib.blake2b:
+    digest = hashlib.blake2b(digest_size=32)
+    for name in _IDENTITY_FILES:
+        path = directory / name
+        content = path.read_bytes() if path.is_file() else b""
+        _update(digest, name.encode(), content)
+    return digest
 
 
 def _layer_places(config: ModelConfig, layer: str) -> Iterator[tuple[str, Place]]:

@@ -12,6 +12,7 @@ from chatserve.engine.client import EngineClient
 from chatserve.engine.config import EngineConfig
 from chatserve.pretrained import load_pretrained
 from chatserve.server.access import Access
+from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
 from chatserve.server.services import Services
 from chatserve.sessions.limits import SessionLimits
@@ -53,6 +54,7 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         yield Services(
             settings=settings,
             sessions=sessions,
+            completions=Completions(engine, text),
             engine=engine,
             hub=Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections),
             access=Access(keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host),
@@ -67,12 +69,15 @@ async def _settle(task: asyncio.Task[EngineInfo]) -> None:
 
 
 def engine_config(settings: ServeSettings) -> EngineConfig:
-    """What the engine is told; raises StartupError for a device that this version does not support."""
+    """What the engine is told; what is left open there it decides for the device it finds."""
     return EngineConfig(
         model=settings.model,
-        device="cpu" if settings.device == "auto" else settings.device,
+        device=settings.device,
+        dtype=settings.dtype,
+        load_format=settings.load_format,
         kv_device_bytes=settings.kv_device_memory,
         max_context=settings.max_context,
+        max_step_tokens=settings.max_step_tokens,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
     )

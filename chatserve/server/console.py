@@ -40,6 +40,7 @@ def summary(url: str, settings: ServeSettings, info: EngineInfo) -> list[tuple[s
     return [
         ("URL", url),
         ("Model", f"{info.model} on {info.device} in {info.dtype}, up to {info.max_context:,} tokens a session"),
+        ("Attention", info.attention),
         ("Capacity", f"{info.capacity_tokens:,} tokens of history on the device ({_kv_size(info)})"),
         ("Sessions", f"kept in {'the Redis given' if settings.redis_url else settings.data_dir.resolve()}"),
         ("Auth", _auth(settings)),

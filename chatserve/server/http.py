@@ -68,7 +68,7 @@ async def list_sessions(request: Request) -> JSONResponse:
 async def create_session(request: Request) -> JSONResponse:
     """`POST /v1/sessions`: 201, or 200 with the same session where `Idempotency-Key` was used before."""
     tenant, services = tenant_of(request), services_of(request)
-    body = await _json_body(request)
+    body = await json_body(request)
     key = request.headers.get("idempotency-key") or body.pop("key", None) or secrets.token_hex(16)
     command = command_from({**body, "type": "session.create", "id": "http", "key": key})
     assert isinstance(command, SessionCreate)
@@ -87,7 +87,7 @@ async def get_session(request: Request) -> JSONResponse:
 async def update_session(request: Request) -> JSONResponse:
     """`PATCH /v1/sessions/{id}`: what is given changes, the rest stays."""
     tenant, services = tenant_of(request), services_of(request)
-    body = await _json_body(request)
+    body = await json_body(request)
     fields = {"type": "session.update", "id": "http", "session_id": request.path_params["session_id"]}
     command = command_from({**body, **fields})
     assert isinstance(command, SessionUpdate)
@@ -108,7 +108,7 @@ async def delete_session(request: Request) -> JSONResponse:
 async def resume_session(request: Request) -> JSONResponse:
     """`POST /v1/sessions/{id}/resume`: what happened since, and how much of the history is still held."""
     tenant = tenant_of(request)
-    body = _validated(ResumeBody, await _json_body(request))
+    body = _validated(ResumeBody, await json_body(request))
     session_id = request.path_params["session_id"]
     resumed = await services_of(request).sessions.resume(tenant, session_id, body.epoch, body.after_seq, body.warm)
     return JSONResponse(resumed)
@@ -124,11 +124,12 @@ async def list_models(request: Request) -> JSONResponse:
         "created": 0,
         "owned_by": "chatserve",
         "max_context": info.max_context,
+        "vocab_size": info.vocab_size,
     }
     return JSONResponse({"object": "list", "data": [model]})
 
 
-async def _json_body(request: Request) -> dict[str, Any]:
+async def json_body(request: Request) -> dict[str, Any]:
     """The body as a map; an empty one is an empty map. Raises MessageTooLarge or BadRequest."""
     raw = await _limited_body(request, services_of(request).settings.max_message_bytes)
     if not raw.strip():

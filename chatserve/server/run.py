@@ -6,6 +6,7 @@ The first signal drains: connections are told to leave, replies in progress may 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -35,8 +36,12 @@ async def drain(services: Services, stop: StopSignals) -> None:
     timeout_s = services.settings.drain_timeout_s
     logger.info("shutting down", extra={"connections": services.hub.num_connections})
     services.hub.begin_drain(timeout_s)
-    await stop.unless_forced(services.sessions.drain(timeout_s))
+    await stop.unless_forced(_drain_replies(services, timeout_s))
     await services.hub.close_all(CloseCode.RESTART, "the server is shutting down", CLOSE_TIMEOUT_S)
+
+
+async def _drain_replies(services: Services, timeout_s: float) -> None:
+    await asyncio.gather(services.sessions.drain(timeout_s), services.completions.drain(timeout_s))
 
 
 async def serve(settings: ServeSettings, ready_output: TextIO) -> None:
@@ -49,6 +54,7 @@ async def serve(settings: ServeSettings, ready_output: TextIO) -> None:
 
             def announce() -> None:
                 loading.close()
+                keep_loaded_objects()
                 print_summary(console, url, settings, services.engine.info)
                 print_ready_line(ready_output, url, services)
 
@@ -69,6 +75,12 @@ async def serve_until_stopped(
         await drain(services, stop)
     server.should_exit = True
     await serving
+
+
+def keep_loaded_objects() -> None:
+    """Spare the collector what was loaded and stays: going through it holds up every connection."""
+    gc.collect()
+    gc.freeze()
 
 
 def print_ready_line(output: TextIO, url: str, services: Services) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from chatserve.engine.api import Engine
 from chatserve.server.access import Access
+from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
 from chatserve.sessions.manager import SessionManager
 from chatserve.settings import ServeSettings
@@ -27,6 +28,7 @@ class Services:
 
     settings: ServeSettings
     sessions: SessionManager
+    completions: Completions
     engine: Engine
     hub: Hub
     access: Access

@@ -53,7 +53,7 @@ def body_hash(command: ResponseCreate | SessionCreate | SessionFork) -> str:
 async def prepare_turn(live: LiveSession, command: ResponseCreate, tools: TurnTools) -> PreparedTurn:
     """Everything about the turn, decided. Raises BadRequest or NotFound where it cannot be."""
     model = tools.engine.info.model
-    said = _said(command, tools.text.vocab_size)
+    said = _said(command, tools.engine.info.vocab_size)
     parent = parent_of_turn(live.messages, live.meta.head_id, command.parent_id, has_input=said is not None)
     path = prompt_path(live.messages, path_to(live.messages, parent), model)
     prompt = await tools.text.prompt(path, said, instructions=live.meta.instructions, date=live.meta.template_date)

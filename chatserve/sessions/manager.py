@@ -26,6 +26,7 @@ from chatserve.sessions.following import follow_session
 from chatserve.sessions.keeper import TurnKeeper
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.making import forked_session, new_session
+from chatserve.sessions.pace import Pace
 from chatserve.sessions.ports import Records, Store
 from chatserve.sessions.registry import SessionRegistry
 from chatserve.sessions.session import Change, Draft, LiveSession
@@ -82,7 +83,7 @@ class SessionManager:
         self._clock = clock
         self._tasks = TaskGroup()
         self._trimmer = LogTrimmer(store, limits)
-        self._tools = TurnTools(engine, text, store, limits)
+        self._tools = TurnTools(engine, text, store, limits, Pace())
         self._registry = SessionRegistry(store, limits, clock, self._loaded)
         self._keeper = TurnKeeper(self._tools, self._registry, self._tasks, self._finished)
 

@@ -20,6 +20,7 @@ from chatserve.protocol import events
 from chatserve.sessions.accounting import Account
 from chatserve.sessions.ending import Outcome, Said, failure, last_events, message_of, response_of
 from chatserve.sessions.limits import SessionLimits
+from chatserve.sessions.pace import Pace
 from chatserve.sessions.plan import TurnPlan
 from chatserve.sessions.ports import Store
 from chatserve.sessions.recovery import CannotContinue, LoggedProgress, read_progress
@@ -42,6 +43,7 @@ class TurnTools:
     text: TextPipeline
     store: Store
     limits: SessionLimits
+    pace: Pace
 
 
 class Turn:
@@ -59,7 +61,7 @@ class Turn:
         self._account = Account(
             num_input=plan.num_prompt, num_history=plan.num_history, planned_reason=plan.miss_reason
         )
-        self._writer = TurnWriter(live, plan.response_id, plan.message_id, tools.limits, self._end_unstored)
+        self._writer = self._new_writer()
         self._task: asyncio.Task[None] | None = None
         self._consuming: asyncio.Task[FinishReason] | None = None
         self._done = asyncio.Event()
@@ -92,9 +94,13 @@ class Turn:
         """Return when the turn is over, finished or abandoned."""
         await self._done.wait()
 
+    def _new_writer(self) -> TurnWriter:
+        return TurnWriter(self._live, self.plan, self._tools.limits, self._tools.pace, self._end_unstored)
+
     async def _run(self) -> None:
         try:
-            outcome = await self._outcome()
+            with self._tools.pace.counted():
+                outcome = await self._outcome()
             await self._finish(outcome)
             self.finished = True
         except ServiceError as error:
@@ -203,9 +209,7 @@ class Turn:
         except Exception:  # the terminal event must come, with less in it if need be
             logger.exception("the end of response %s could not be written", self.response_id)
             await self._writer.close()
-            self._writer = TurnWriter(
-                self._live, self.response_id, self.plan.message_id, self._tools.limits, self._end_unstored
-            )
+            self._writer = self._new_writer()
             seen = self._live.messages[self.plan.message_id].text
             await self._write_end(failure(), Said(seen, [], pending_text=seen))
 

@@ -59,6 +59,7 @@ class TextPipeline:
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
         self.eos_token_ids = tuple(eos_token_ids)
         self._template = ChatTemplate(tokenizer)
+        self._tokenizer = tokenizer
         self._encoder = Encoder(tokenizer, self._template.source)
         self._vocabulary = Vocabulary(tokenizer)
 
@@ -74,6 +75,18 @@ class TextPipeline:
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of these ids without special tokens."""
         return decode(self._vocabulary, token_ids)
+
+    async def encode_raw(self, text: str) -> list[int]:
+        """The ids of a text that is a whole prompt already: control tokens in it are tokens, no template is applied.
+
+        The tokenizer puts its own beginning before it. Long texts are encoded in a thread.
+        """
+        if len(text) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self._encode_raw, text)
+        return self._encode_raw(text)
+
+    def _encode_raw(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=True, split_special_tokens=False)
 
     async def prompt(
         self,

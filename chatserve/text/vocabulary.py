@@ -13,11 +13,14 @@ from chatserve.text.tokenizer import Tokenizer
 
 _NUM_TRIED = 512
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_REPLACEMENT = "\ufffd".encode()
 _Spelling = Callable[[int], bytes]
 
 
 class Vocabulary:
-    """Bytes by token id; tokens hidden from people (special ones, unknown ids) have none.
+    """Bytes by token id; tokens hidden from people (special ones, gaps in the vocabulary) have none.
+
+    A model may have more ids than its tokenizer: those beyond it are shown as U+FFFD.
 
     `strips_leading_space` says that decoding drops one space at the start of a text, as sentencepiece does.
     """
@@ -34,11 +37,16 @@ class Vocabulary:
         return len(self._tokenizer)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What the token adds to the UTF-8 text; empty for hidden and unknown ids."""
+        """What the token adds to the UTF-8 text; empty for hidden ids."""
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._bytes[token_id] = b"" if token_id in self._hidden else self._spelling(token_id)
+            known = self._bytes[token_id] = self._look_up(token_id)
         return known
+
+    def _look_up(self, token_id: int) -> bytes:
+        if token_id >= len(self):
+            return _REPLACEMENT
+        return b"" if token_id in self._hidden else self._spelling(token_id)
 
     def _find_spelling(self) -> _Spelling:
         for spelling in (self._byte_level, self._sentencepiece):

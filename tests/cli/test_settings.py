@@ -24,7 +24,8 @@ def test_defaults():
     settings = load_settings()
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "bundled")
     assert (str(settings.data_dir), settings.redis_url, settings.device) == ("chatserve-data", None, "auto")
-    assert 0 < settings.kv_device_memory <= 4 << 30
+    assert (settings.dtype, settings.load_format) == ("auto", "auto")
+    assert (settings.kv_device_memory, settings.max_running, settings.max_step_tokens) == (None, None, None)
     assert settings.keys == ()
 
 
@@ -61,6 +62,18 @@ def test_bad_sizes(text):
     """Anything else is refused with the flag to correct."""
     with pytest.raises(StartupError, match="--kv-device-memory"):
         load_settings({"kv_device_memory": text})
+
+
+def test_engine_flags():
+    """What the engine is to do comes from flags as people write them."""
+    settings = from_flags("--device=cuda", "--dtype=bfloat16", "--load-format=dummy", "--max-step-tokens=4k")
+    assert (settings.device, settings.dtype, settings.load_format) == ("cuda", "bfloat16", "dummy")
+    assert settings.max_step_tokens == 4096
+
+
+def test_help_shows_percent_signs():
+    """A percent sign in a description or default reaches the reader as one."""
+    assert "90 % of" in " ".join(serve.parser().format_help().split())
 
 
 def test_keys_from_everywhere(monkeypatch):
@@ -120,7 +133,11 @@ def test_loopback(host):
     [
         ({"port": "abc"}, ["port = 'abc'", "--port", "CHATSERVE_PORT"]),
         ({"port": "70000"}, ["port = '70000'", "65535"]),
-        ({"device": "tpu"}, ["device = 'tpu'", "'cpu'"]),
+        ({"device": "tpu"}, ["device = 'tpu'", "'cpu'", "'cuda'"]),
+        ({"dtype": "float8"}, ["dtype = 'float8'", "'bfloat16'", "--dtype"]),
+        ({"load_format": "random"}, ["load_format = 'random'", "'dummy'", "--load-format"]),
+        ({"kv_device_memory": "1k"}, ["kv_device_memory = '1k'", "--kv-device-memory"]),
+        ({"max_step_tokens": "0"}, ["max_step_tokens = '0'", "--max-step-tokens"]),
         ({"allowed_origins": ("chat.example.org/x",)}, ["chat.example.org/x", "https://"]),
         ({"max_context": "1"}, ["max_context = '1'", "16"]),
     ],

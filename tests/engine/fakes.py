@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chatserve.engine.core import EngineCore
-from chatserve.engine.request import Request
+from chatserve.engine.runner import FinishedStep
 from chatserve.engine.scheduler import Work
 from kvstore import KVLayout, KVStore, PosixMemory
 
@@ -18,23 +18,37 @@ LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype=torch.float32
 
 
 class RowRunner:
-    """Writes each token's id into its row, and answers with a hash of all rows of the session."""
+    """Writes each token's id into its row, and answers with a hash of all rows of the session.
+
+    With `overlaps` it is a device: it computes in the order of launches, and keeps what was sampled in slots.
+    """
+
+    overlaps = False
 
     def __init__(self, arena: torch.Tensor) -> None:
         self._arena = arena
+        self._slot_tokens: dict[int, int] = {}
         self.steps: list[list[tuple[str, int]]] = []
 
-    def run(self, work: Sequence[Work]) -> dict[Request, int]:
+    def reserve(self, work: Sequence[Work]) -> None:
+        pass
+
+    def launch(self, work: Sequence[Work]) -> FinishedStep:
         self.steps.append([(item.request.request_id, item.num_tokens) for item in work])
-        tokens = {}
+        tokens = []
         for item in work:
-            request, start = item.request, item.request.kv_length
-            end, base = start + item.num_tokens, request.lease.base_token
-            self._arena[base + start : base + end] = torch.tensor(request.token_ids[start:end]).view(-1, 1, 1, 1, 1)
-            if end == len(request.token_ids):
-                rows = self._arena[base : base + end, 0, 0, 0, 0].to(torch.int64).tolist()
-                tokens[request] = next_token(rows)
-        return tokens
+            base = item.lease.base_token
+            ids = self._input_ids(item)
+            self._arena[base + item.start : base + item.end] = torch.tensor(ids).view(-1, 1, 1, 1, 1)
+            if item.samples:
+                rows = self._arena[base : base + item.end, 0, 0, 0, 0].to(torch.int64).tolist()
+                tokens.append(next_token(rows))
+                self._slot_tokens[item.request.slot] = tokens[-1]
+        return FinishedStep(work, tokens)
+
+    def _input_ids(self, item: Work) -> list[int]:
+        known = item.request.token_ids[item.start : item.end]
+        return known if len(known) == item.num_tokens else [*known, self._slot_tokens[item.request.slot]]
 
 
 def next_token(token_ids: Sequence[int]) -> int:

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import expected_reply, make_core, run_until_idle, submit, tokens_of
+from kvstore import OutOfMappings
+from tests.engine.fakes import RowRunner, expected_reply, make_core, run_until_idle, submit, tokens_of
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in-step", "overlapped"])
+def overlap(request, monkeypatch):
+    """Every test runs twice: with a runner that computes at once, and with one that works beside the host."""
+    monkeypatch.setattr(RowRunner, "overlaps", request.param)
 
 
 def test_reply_equals_reference():
@@ -241,3 +248,63 @@ def test_forgotten_session_leaves_no_range():
     assert core.store.resident_tokens("s") == 0
     submit(core, "r2", "s2", range(200))
     assert run_until_idle(core)["r2"][0][2]["device"] == pytest.approx(199, abs=32)
+
+
+def test_prefills_finish_one_after_another():
+    """Equal prompts that arrive together are answered in order: the first waits for its own prefill only."""
+    core = make_core(max_step_tokens=64)
+    for index in range(4):
+        submit(core, f"r{index}", f"s{index}", range(100 * index, 100 * index + 64), max_output_tokens=1)
+    started = []
+    for _ in range(30):
+        core.step()
+        started.append([event[1] for event in core.take_events() if event[0] == "started"])
+    arrivals = [step for step in started if step]
+    assert [request for step in arrivals for request in step] == ["r0", "r1", "r2", "r3"]
+    assert len(arrivals) == 4
+
+
+def test_long_prompt_is_sure_of_a_quarter():
+    """However many short prompts come, the oldest prefill gets a quarter of every step."""
+    core = make_core(max_step_tokens=64, max_context=1024)
+    submit(core, "long", "long", range(800), max_output_tokens=1)
+    for index in range(200):
+        submit(core, f"r{index}", f"s{index}", range(index, index + 60), max_output_tokens=1)
+        core.step()
+        for event in core.take_events():
+            if event[1] == "long" and event[0] == "finished":
+                assert index <= 800 // 16
+                return
+    raise AssertionError("the long prompt starved")
+
+
+def test_refused_mappings_preempt_and_go_on(monkeypatch):
+    """Where the system takes back what it promised, the newest request gives way, and all end with the right tokens."""
+    core = make_core()
+    settle, refusals = core.store.settle, iter([False, True, False, True, True])
+
+    def sometimes_refuse():
+        if next(refusals, False):
+            raise OutOfMappings(2, 1)
+        settle()
+
+    monkeypatch.setattr(core.store, "settle", sometimes_refuse)
+    for index in range(3):
+        submit(core, f"r{index}", f"s{index}", range(index, index + 90))
+    events = run_until_idle(core)
+    for index in range(3):
+        assert tokens_of(events[f"r{index}"]) == expected_reply(range(index, index + 90), 8)
+
+
+def test_lasting_refusal_is_told(monkeypatch):
+    """A request that runs alone and still gets no mappings is refused with the remedy, not retried for ever."""
+    core = make_core()
+
+    def refuse():
+        raise OutOfMappings(2, 1)
+
+    monkeypatch.setattr(core.store, "settle", refuse)
+    submit(core, "r", "s", range(10))
+    events = run_until_idle(core)["r"]
+    assert [event[0] for event in events] == ["refused"]
+    assert "--kv-device-memory" in events[0][3]

@@ -9,9 +9,9 @@ import random
 
 import pytest
 
+from chatserve.engine.build import build
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.core import EngineCore
-from chatserve.engine.process import build
 from chatserve.pretrained import load_pretrained
 from tests.engine.fakes import run_until_idle, submit, tokens_of
 
@@ -28,7 +28,9 @@ QUESTIONS = ["What is my name?", "What is my dog called?", "Where do I live?", "
 
 def make_engine(**fields) -> EngineCore:
     """An engine core on the bundled model in this process."""
-    core, _ = build(EngineConfig(model="bundled", **({"kv_device_bytes": 64 << 20, "num_threads": 1} | fields)))
+    core, _ = build(
+        EngineConfig(model="bundled", device="cpu", **({"kv_device_bytes": 64 << 20, "num_threads": 1} | fields))
+    )
     return core
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +44,7 @@ class Countdown:
 
 
 class FlakyMemory(PosixMemory):
-    """Real memory whose nth create or map is refused."""
+    """Real memory whose nth create, map or settle is refused."""
 
     def __init__(self, page_bytes: int = PAGE_BYTES, max_mappings: int | None = None) -> None:
         super().__init__(page_bytes, max_mappings)
@@ -59,6 +61,14 @@ class FlakyMemory(PosixMemory):
     def map_readonly(self, offset: int, pages: PageArray) -> None:
         self.countdown.tick("map_readonly")
         super().map_readonly(offset, pages)
+
+    def map_guard(self, offset: int, num_pages: int) -> None:
+        self.countdown.tick("map_guard")
+        super().map_guard(offset, num_pages)
+
+    def settle(self) -> None:
+        self.countdown.tick("settle")
+        super().settle()
 
 
 class FlakyCalls(LinuxCalls):
@@ -98,6 +108,9 @@ class PlainMemory:
         self.pages |= {page: bytearray(8) for page in unused}
         return unused
 
+    def create_guards(self) -> int:
+        return 7
+
     def release(self, pages: PageArray) -> None:
         self.countdown.tick("release")
         for page in pages.tolist():
@@ -106,6 +119,73 @@ class PlainMemory:
     def zero(self, pages: PageArray) -> None:
         for page in pages.tolist():
             self.pages[page][:] = bytes(8)
+
+
+class FakeDriver:
+    """CUDA's rules for mappings, kept in dictionaries; `running.clear()` stops the stream, whose events then wait."""
+
+    def __init__(self):
+        self.memory = {}  # by handle: its bytes
+        self.mappings = {}  # by address: size, handle, and whether it is writable, None without access
+        self.numbers = itertools.count(1)
+        self.running = threading.Event()
+        self.running.set()
+        self.attach = self.close = lambda: None
+        self.granularity = lambda: PAGE_BYTES
+        self.create_event = threading.Event
+        self.destroy_event = self.address_free = self.record_event = lambda *_: None
+        self.query_event = lambda _: self.running.is_set()
+        self.wait_event = lambda _: self.running.wait()
+        self.reserve = lambda _: next(self.numbers) << 50
+        self.release = lambda handle: self.memory.__delitem__(handle)
+        self.tensor = lambda _, num_bytes: torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+
+    def create(self, num_bytes):
+        handle = next(self.numbers)
+        self.memory[handle] = np.full(num_bytes, 255, np.uint8)
+        return handle
+
+    def map(self, address, num_bytes, handle):
+        assert not any(start < address + num_bytes and address < start + size
+                       for start, (size, *_) in self.mappings.items())  # fmt: skip
+        assert self.memory[handle].nbytes == num_bytes
+        self.mappings[address] = (num_bytes, handle, None)
+
+    def set_access(self, address, num_bytes, *, writable):
+        for start in self._whole(address, num_bytes):
+            self.mappings[start] = (*self.mappings[start][:2], writable)
+
+    def unmap(self, address, num_bytes):
+        for start in self._whole(address, num_bytes):
+            del self.mappings[start]
+
+    def zero(self, address, num_bytes, stream):
+        for start in self._whole(address, num_bytes):
+            self.memory[self.mappings[start][1]][:] = 0
+
+    def copy(self, source, target, num_bytes, stream):
+        self.memory[self.mappings[target][1]][:num_bytes] = self.memory[self.mappings[source][1]][:num_bytes]
+
+    def _whole(self, address, num_bytes):
+        """Addresses of the mappings that make up a range, which has no hole and divides none."""
+        inside = {a: size for a, (size, *_) in self.mappings.items() if address <= a < address + num_bytes}
+        assert sum(inside.values()) == num_bytes
+        return list(inside)
+
+
+def fail_call(driver: Any, name: str, nth: int = 1, times: int = 1) -> Countdown:
+    """The nth call of a driver's method from now on is refused, `times` of them in a row."""
+    call, countdown = getattr(driver, name), Countdown()
+    countdown.arm(nth)
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        countdown.remaining -= 1
+        if -times < countdown.remaining <= 0:
+            raise MemoryRefused(name, "refused by the test")
+        return call(*arguments, **options)
+
+    setattr(driver, name, refuse)
+    return countdown
 
 
 def make_layout(token_bytes: int = 384, page_bytes: int = PAGE_BYTES) -> KVLayout:

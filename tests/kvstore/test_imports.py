@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,15 +20,22 @@ def imported_by(path):
 
 
 def test_store_needs_numpy_and_torch_only():
-    """No model, no server, no Redis: usable with `import kvstore` alone."""
-    needed = set().union(*map(imported_by, MODULES)) - sys.stdlib_module_names
-    assert needed == {"kvstore", "numpy", "torch"}
+    """No model, no server, no Redis: usable with `import kvstore` alone; CUDA is met in one module only."""
+    needed = {path.stem: imported_by(path) - sys.stdlib_module_names for path in MODULES}
+    assert set().union(*needed.values()) == {"kvstore", "numpy", "torch", "cuda"}
+    assert [name for name in needed if "cuda" in needed[name]] == ["driver"]
+
+
+def test_store_is_imported_without_cuda():
+    """A machine without CUDA's bindings has the store, and its memory of POSIX."""
+    code = "import sys; sys.modules['cuda'] = None; import kvstore; assert 'kvstore.driver' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_bookkeeping_knows_no_torch():
     """Pages, prefixes, eviction and leases are plain Python; torch names a dtype and views the arena."""
     users = {path.stem for path in MODULES if "torch" in imported_by(path)}
-    assert users == {"layout", "memory", "posix"}
+    assert users == {"cuda", "driver", "layout", "memory", "posix"}
 
 
 def test_only_one_module_calls_the_system():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore import IntegrityError, MemoryRefused, OutOfPages, PagePool, PageState
 from tests.kvstore.fakes import PAGE_BYTES, PlainMemory, as_pages
@@ -19,18 +19,18 @@ def make_pool(pages=8, floor_pages=0):
 class PoolMachine(RuleBasedStateMachine):
     """Leases and an index take and give pages; the model counts holders by hand."""
 
-    @initialize(pages=st.integers(1, 12), floor_pages=st.integers(0, 12))
-    def make(self, pages, floor_pages):
-        self.capacity, self.floor = pages, min(pages, floor_pages)
+    @initialize(pages=st.integers(1, 12), floor_pages=st.integers(0, 12), guards=st.sampled_from([0, 7]))
+    def make(self, pages, floor_pages, guards):
+        self.capacity, self.floor, self.guards = pages, min(pages, floor_pages), guards
         self.memory = PlainMemory()
-        self.pool = PagePool(self.memory, pages * PAGE_BYTES, floor_pages * PAGE_BYTES)
+        budget_bytes = (pages + guards) * PAGE_BYTES
+        self.pool = PagePool(self.memory, budget_bytes, floor_pages * PAGE_BYTES, with_guards=guards > 0)
         self.leases: dict[int, int] = {}  # page: leases that hold it
         self.indexed: set[int] = set()
-        self.guards: set[int] = set()
 
     @property
     def held(self):
-        return self.leases.keys() | self.indexed | self.guards
+        return self.leases.keys() | self.indexed
 
     @rule(count=st.integers(1, 5), after=st.one_of(st.none(), st.integers(0, 11)))
     def allocate(self, count, after):
@@ -49,13 +49,6 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.memory.pages[page] == bytes(8)
             self.memory.pages[page][:] = b"\1" * 8
             self.leases[page] = 1
-
-    @precondition(lambda self: len(self.held) < self.capacity)
-    @rule()
-    def guard(self):
-        """A guard page is never anyone's."""
-        if self.memory.countdown.remaining <= 0:
-            self.guards.add(self.pool.allocate_guard())
 
     @rule(data=st.data())
     def share(self, data):
@@ -110,15 +103,16 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.pool.check_integrity()
         for page in range(self.capacity):
-            assert self.pool.refs(page) == self.leases.get(page, 0) + (page in self.indexed) + (page in self.guards)
+            assert self.pool.refs(page) == self.leases.get(page, 0) + (page in self.indexed)
             assert self.pool.state(page) is self._state(page)
         counts = self.pool.counts
-        assert counts.free + counts.private + counts.indexed + counts.guard == counts.created == len(self.memory.pages)
+        assert counts.free + counts.private + counts.indexed + counts.guard == counts.created
+        assert (counts.created, counts.guard) == (len(self.memory.pages) + self.guards, self.guards)
         assert self.pool.num_idle == len(self.indexed - self.leases.keys())
         assert self.pool.num_available == self.capacity - len(self.held)
 
     def _state(self, page):
-        states = [(self.guards, PageState.GUARD), (self.indexed, PageState.INDEXED), (self.leases, PageState.PRIVATE)]
+        states = [(self.indexed, PageState.INDEXED), (self.leases, PageState.PRIVATE)]
         here = PageState.FREE if page in self.memory.pages else PageState.ABSENT
         return next((state for pages, state in states if page in pages), here)
 
@@ -131,6 +125,8 @@ def test_budget_below_one_page_is_refused():
     """The error names the budget and the page."""
     with pytest.raises(ValueError, match=r"budget_bytes=4095: .*4096"):
         PagePool(PlainMemory(), PAGE_BYTES - 1)
+    with pytest.raises(ValueError, match="at least one page of 4096 bytes beside 7 guards"):
+        PagePool(PlainMemory(), 7 * PAGE_BYTES, with_guards=True)
 
 
 def test_pages_are_made_when_first_wanted():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvstore import IntegrityError, KVStore, LeaseHeld, OutOfPages, OutOfRanges, PageState
+from kvstore.memory import GUARD
 from tests.kvstore.fakes import (
     PAGE_BYTES,
     FlakyMemory,
@@ -305,32 +306,47 @@ def test_borrowed_rows_cannot_be_written():
 
 
 def test_rows_past_the_end_may_be_read_where_kernels_do_so():
-    """With tiles of 20 tokens every leased session is followed by 20 rows of zeros, at no page of its own."""
+    """With tiles of 20 tokens the tile in which the rows end can be read after `guard`, at no page of its own."""
     store = make_store(tile_tokens=20)
     run_turn(store, "a", RED, TALK)
     lease = store.lease("b", RED, [*TALK, 1])
     write_rows(store, lease, RED, TALK)
-    rows = store.arena[lease.base_token + lease.kv_length :][:20]
-    assert not rows.any()
+    lease.guard(61)
+    store.settle()
+    assert not store.arena[lease.base_token + 60 : lease.base_token + 80].any()
     assert store.stats().pages.guard == 1
+    store.check_integrity()
     store.shrink()
     lease.release()
     store.check_integrity()
     store.close()
 
 
-def test_session_that_goes_on_in_its_tail_is_guarded_again():
-    """Its last turn had mapped more than it wrote; unmapping that took the guards along."""
-    store = make_store(tile_tokens=20)
-    for length in (20, 50):
-        lease = store.lease("s", RED, TALK[:length])
-        write_rows(store, lease, RED, TALK[: length - 5])
-        lease.grow(100)
-        lease.release()
+def test_guards_are_taken_away_by_growth_and_release():
+    """An idle or growing session has pages, then nothing; one may be guarded as often as it likes."""
+    store = make_store(tile_tokens=64)
     lease = store.lease("s", RED, TALK)
-    assert lease.num_cached_tokens == 45
-    store.check_integrity()
-    assert not store.arena[lease.base_token + 45 :][:20].any()
+    write_rows(store, lease, RED, TALK[:20])
+    num_pages, places = len(pages_of(store, "s")), store._memory.mapped
+    for change in (lease.unguard, lambda: lease.grow(lease.capacity_tokens + 1), lease.release):
+        lease.guard(20)
+        assert GUARD in places(0, 20)
+        change()
+        store.check_integrity()
+        assert GUARD not in places(0, 20)
+    assert num_pages <= 64 * 384 // PAGE_BYTES
+    store.close()
+
+
+def test_store_without_tiles_has_no_guards():
+    """Where no kernel reads past an end nothing is mapped there."""
+    store = make_store()
+    lease = store.lease("s", RED, TALK)
+    write_rows(store, lease, RED, TALK[:20])
+    lease.guard(20)
+    lease.unguard()
+    assert store._memory.mapped(0, 20).tolist().count(-1) == 20 - len(pages_of(store, "s"))
+    assert store.stats().pages.guard == 0
     store.close()
 
 
@@ -366,7 +382,7 @@ def test_stats_are_plain_numbers(store):
     [
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_ranges": 0}, "both must be positive"),
-        ({"budget_bytes": 4095}, "budget_bytes=4095: must hold at least one token of 384 bytes"),
+        ({"budget_bytes": 4095}, "budget_bytes=4095: must hold at least one page of 4096 bytes"),
         ({"budget_bytes": 4096, "tile_tokens": 1}, "budget_bytes=4096"),
         ({"max_ranges": 2**22}, "lower max_tokens or max_ranges"),
         ({"memory": FlakyMemory(8192)}, "4096 in the layout, 8192 in memory"),

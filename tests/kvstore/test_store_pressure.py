@@ -242,3 +242,45 @@ def test_lost_page_is_found_after_pressure():
     with pytest.raises(IntegrityError, match="has 1 references and 0 holders"):
         store.check_integrity()
     store.close()
+
+
+def test_refused_settling_is_helped_by_what_idle_sessions_give_up():
+    """The idle session loses its mappings, then the call is made again."""
+    store = make_store(pages=30)
+    run_turn(store, "idle", RED, TALK)
+    lease = store.lease("s", b"blue", TALK)
+    lease.grow(60)
+    store._memory.countdown.arm(1)
+    store.settle()
+    assert store.sessions() == ["s"]
+    lease.release()
+    store.close()
+
+
+def test_refused_settling_is_helped_by_free_pages():
+    """With no idle session left, the pages that hold nothing go back to the system."""
+    store = make_store(pages=30, floor_bytes=0)
+    lease = store.lease("s", RED, TALK)
+    lease.grow(200)
+    lease.release()
+    lease = store.lease("t", RED, TALK)
+    assert store.stats().pages.free > 0
+    store._memory.countdown.arm(1)
+    store.settle()
+    assert store.stats().pages.free == 0
+    lease.release()
+    store.close()
+
+
+def test_settling_that_nothing_helps_is_out_of_mappings():
+    """The request must wait; once the system has what it needs, it goes on."""
+    store = make_store(pages=30, floor_bytes=0)
+    lease = store.lease("s", RED, TALK)
+    lease.grow(60)
+    store._memory.countdown.arm(1)
+    with pytest.raises(OutOfMappings):
+        store.settle()
+    store.settle()
+    lease.release()
+    store.check_integrity()
+    store.close()

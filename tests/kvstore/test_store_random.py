@@ -74,6 +74,7 @@ class StoreMachine(RuleBasedStateMachine):
         )  # fmt: skip
         self.ample = budget_tokens == 2000 and max_mappings is None
         self.sharing = prefix_sharing
+        self.tile = tile_tokens
         self.reliable = True  # no refusal was injected: nothing may fail when there is ample memory
         self.sessions: dict[str, Plain] = {}
         self.histories: list[tuple[str, bytes, list[int]]] = []  # every history whose rows were released
@@ -130,6 +131,32 @@ class StoreMachine(RuleBasedStateMachine):
             assert before == (lease.kv_length, lease.capacity_tokens)
         assert not rows_of(self.store, lease.base_token, lease.kv_length, lease.capacity_tokens).any()
 
+    @rule(pick=picks, ahead=st.integers(0, 12), keep=st.booleans())
+    def guard(self, pick, ahead, keep):
+        """A kernel reads the whole tile in which a leased session's rows end; behind them it finds zeros."""
+        session_id = self._pick(pick, leased=True)
+        if session_id is None:
+            return
+        lease = self.sessions[session_id].lease
+        num_tokens = min(lease.kv_length + ahead, MAX_TOKENS)
+        try:
+            lease.guard(num_tokens)
+        except OutOfPages:
+            assert not self.ample or not self.reliable
+            return
+        readable = -(-num_tokens // self.tile) * self.tile if self.tile else lease.kv_length
+        assert not rows_of(self.store, lease.base_token, lease.kv_length, readable).any()
+        if not keep:
+            lease.unguard()
+
+    @rule()
+    def settle(self):
+        """Before a step's kernels; what the system refuses for now it does not refuse for ever."""
+        try:
+            self.store.settle()
+        except OutOfPages:
+            assert not self.reliable
+
     @rule(pick=picks)
     def release(self, pick):
         """A turn ends, finished or not."""
@@ -152,7 +179,7 @@ class StoreMachine(RuleBasedStateMachine):
         """An idle moment."""
         self.store.shrink()
         stats = self.store.stats()
-        assert stats.pages.free == 0 or stats.pages.created <= 2
+        assert stats.pages.free == 0 or stats.pages.created - stats.pages.guard <= 2
         assert stats.physical_bytes == stats.pages.created * stats.page_bytes
 
     @precondition(lambda self: self.memory.countdown.remaining <= 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore import IntegrityError, MemoryRefused, VirtualTensor
+from kvstore.memory import GUARD
 from tests.kvstore.fakes import PAGE_BYTES, FlakyMemory, as_pages, make_layout
 
 RANGE_PAGES = 12
@@ -17,13 +18,14 @@ def memory():
     memory = FlakyMemory()
     memory.reserve(2 * RANGE_PAGES * PAGE_BYTES)
     memory.create(10)
+    memory.create_guards()
     yield memory
     memory.check_integrity()
     memory.close()
 
 
-def make_tensor(memory, **options):
-    return VirtualTensor(memory, LAYOUT, 0, RANGE_PAGES, **options)
+def make_tensor(memory):
+    return VirtualTensor(memory, LAYOUT, 0, RANGE_PAGES)
 
 
 def row(memory, token, offset=0):
@@ -123,34 +125,66 @@ def test_range_is_never_left(memory):
 
 
 def test_guards_follow_the_last_page(memory):
-    """Reads past the end find zeros, also after growth and truncation; the range's end is the end."""
-    tensor = make_tensor(memory, guard_page=9, guard_pages=2)
+    """Reads past the end find zeros as far as was asked for; the range's end is the end."""
+    tensor = make_tensor(memory)
     tensor.extend(as_pages(0))
-    assert memory.mapped(0, 4).tolist() == [0, 9, 9, -1]
-    tensor.borrow(as_pages(1, 2, 3))
-    assert memory.mapped(0, 7).tolist() == [0, 1, 2, 3, 9, 9, -1]
-    tensor.cut(2)
-    assert not tensor.is_guarded
-    tensor.guard()
-    assert memory.mapped(0, 5).tolist() == [0, 1, 9, 9, -1]
-    assert not memory.view(2 * PAGE_BYTES, 2 * PAGE_BYTES).any()
-    tensor.extend(as_pages(2, 3, 4, 5, 6, 7, 8, 2, 3))
-    assert tensor.is_guarded
-    assert memory.mapped(10 * PAGE_BYTES, 4).tolist() == [3, 9, -1, -1]
+    tensor.guard(3)
+    assert memory.mapped(0, 4).tolist() == [0, GUARD, GUARD, -1]
+    tensor.guard(5)
+    tensor.guard(2)
+    assert memory.mapped(0, 6).tolist() == [0, GUARD, GUARD, GUARD, GUARD, -1]
+    assert not memory.view(PAGE_BYTES, 4 * PAGE_BYTES).any()
+    tensor.check_integrity()
+    tensor.guard(RANGE_PAGES + 5)
+    assert memory.mapped(RANGE_PAGES * PAGE_BYTES - PAGE_BYTES, 2).tolist() == [GUARD, -1]
     tensor.check_integrity()
 
 
-@pytest.mark.parametrize("nth", [1, 2])
-def test_refused_growth_changes_nothing(memory, nth):
-    """Whether the guard or the pages were refused."""
-    tensor = make_tensor(memory, guard_page=9, guard_pages=2)
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda tensor: tensor.unguard(), [0, 1]),
+        (lambda tensor: tensor.borrow(as_pages(2, 3)), [0, 1, 2, 3]),
+        (lambda tensor: tensor.cut(1), [0]),
+        (lambda tensor: tensor.cut(2), [0, 1]),
+        (lambda tensor: tensor.truncate(0), []),
+    ],
+    ids=["unguard", "grow", "cut", "cut_nothing", "truncate"],
+)
+def test_guards_go_with_any_change(memory, change, left):
+    """No guard is left where the next page will be, nor behind the end."""
+    tensor = make_tensor(memory)
+    tensor.extend(as_pages(0, 1))
+    tensor.guard(5)
+    change(tensor)
+    assert memory.mapped(0, 6).tolist() == left + [-1] * (6 - len(left))
+    tensor.check_integrity()
+
+
+def test_refused_growth_changes_nothing_but_guards(memory):
+    """The pages are as they were, and may be guarded again."""
+    tensor = make_tensor(memory)
     tensor.extend(as_pages(0))
-    memory.countdown.arm(nth)
+    tensor.guard(3)
+    memory.countdown.arm(1)
     with pytest.raises(MemoryRefused):
         tensor.extend(as_pages(1, 2, 3))
-    assert memory.mapped(0, 6).tolist() == [0, 9, 9, -1, -1, -1]
+    assert memory.mapped(0, 6).tolist() == [0, -1, -1, -1, -1, -1]
     tensor.check_integrity()
-    assert tensor.is_guarded
+    tensor.guard(3)
+    tensor.check_integrity()
+
+
+def test_refused_guard_changes_nothing(memory):
+    """It can be asked for again."""
+    tensor = make_tensor(memory)
+    tensor.extend(as_pages(0))
+    memory.countdown.arm(1)
+    with pytest.raises(MemoryRefused):
+        tensor.guard(3)
+    tensor.check_integrity()
+    tensor.guard(3)
+    assert memory.mapped(0, 4).tolist() == [0, GUARD, GUARD, -1]
 
 
 def test_foreign_mapping_is_found(memory):

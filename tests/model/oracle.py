@@ -15,6 +15,7 @@ from chatserve.model.attention import CpuAttention, NativeAttention, SdpaAttenti
 from chatserve.model.config import model_config
 from chatserve.model.decoder import Decoder
 from chatserve.model.native import kernel_for
+from chatserve.model.rotated import RotatedAttention
 from chatserve.model.weights import load_decoder
 from chatserve.pretrained import load_pretrained
 
@@ -68,7 +69,8 @@ class Driver:
         shape = (arena_tokens, config.num_layers, 2, config.num_kv_heads, config.head_dim)
         self.arena = torch.full(shape, float("nan"), dtype=decoder.embedding.dtype)
         self._decoder = decoder
-        self._attention = type(self).attention_for(self.arena)
+        attention = type(self).attention_for(self.arena)
+        self._attention = RotatedAttention(attention, config, dtype=self.arena.dtype, device=self.arena.device)
 
     def step(self, parts: Sequence[Part], logit_rows: Tensor | None = None) -> Tensor:
         """Run all parts in one step; logits of every token unless `logit_rows` chooses some."""
@@ -79,8 +81,8 @@ class Driver:
             positions.append(torch.arange(part.start, part.start + length))
             rows.append(positions[-1] + part.base_token)
             start += length
-        attention = self._attention.plan(spans, torch.cat(rows))
+        attention = self._attention.plan(spans, torch.cat(rows), torch.cat(positions))
         chosen = torch.arange(start) if logit_rows is None else logit_rows
         input_ids = torch.cat([part.token_ids for part in parts])
-        logits: Tensor = self._decoder(input_ids, torch.cat(positions), attention, chosen)
+        logits: Tensor = self._decoder(input_ids, attention, chosen)
         return logits

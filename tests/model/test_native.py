@@ -228,10 +228,10 @@ def test_two_processes_compile_at_once_into_a_private_cache(tmp_path: Path) -> N
 def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library is never loaded from a directory where someone else could have put it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    directory = native._cache_directory()
+    directory = native.cache_directory()
     directory.chmod(0o777)
     with pytest.raises(NativeUnavailable, match="writable by you alone"):
-        native._cache_directory()
+        native.cache_directory()
 
 
 @needs_compiler

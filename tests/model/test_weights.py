@@ -172,7 +172,7 @@ watcher.start()
 decoder = load_decoder(pretrained, config, dtype=torch.float32, device=torch.device("cpu"))
 done.set()
 watcher.join()
-held = sum(value.nbytes for value in decoder.parameters()) + decoder.rope.nbytes
+held = sum(value.nbytes for value in decoder.parameters())
 print((max(peak, private_bytes()) - before) / held)
 """
 

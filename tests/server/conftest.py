@@ -16,12 +16,17 @@ from websockets.asyncio.client import ClientConnection, connect
 from chatserve.protocol.codec import Encoding, encode, from_wire
 from chatserve.server.access import Access
 from chatserve.server.app import create_app
+from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
 from chatserve.server.listener import ChatServer, bind, server_config
 from chatserve.server.services import Services, Timeouts
 from chatserve.settings import ServeSettings, load_settings
+from chatserve.text.pipeline import TextPipeline
 from tests.server.fakes import FakeEngine, FakeSessions
+from tests.text.tokenizers import chatml
 
+TOKENIZER = chatml()
+TEXT = TextPipeline(TOKENIZER, [TOKENIZER.eos_token_id])
 HELLO = {"type": "hello", "client": {"name": "test", "version": "1"}}
 
 
@@ -64,7 +69,7 @@ class Served:
     url: str
     services: Services
     sessions: FakeSessions
-    engine: FakeEngine
+    engine: Any
     server: ChatServer
     stack: AsyncExitStack
 
@@ -85,12 +90,13 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(settings: ServeSettings, timeouts: Timeouts) -> AsyncIterator[Served]:
+async def serving(settings: ServeSettings, timeouts: Timeouts, engine: Any) -> AsyncIterator[Served]:
     """Serve until the block ends."""
-    sessions, engine = FakeSessions(), FakeEngine()
+    sessions = FakeSessions()
     services = Services(
         settings=settings,
         sessions=sessions,
+        completions=Completions(engine, TEXT),
         engine=engine,
         hub=Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections),
         access=Access(keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host),
@@ -127,8 +133,9 @@ async def serve() -> AsyncIterator[Serve]:
     """Start servers with the settings given: `served = await serve(api_keys=("alice=secret-a",))`."""
     async with AsyncExitStack() as stack:
 
-        async def start(timeouts: Timeouts | None = None, **settings: Any) -> Served:
-            return await stack.enter_async_context(serving(load_settings(settings), timeouts or Timeouts()))
+        async def start(timeouts: Timeouts | None = None, engine: Any = None, **settings: Any) -> Served:
+            running = serving(load_settings(settings), timeouts or Timeouts(), engine or FakeEngine())
+            return await stack.enter_async_context(running)
 
         yield start
 

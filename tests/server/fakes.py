@@ -14,7 +14,7 @@ from chatserve.protocol import events
 from chatserve.protocol.codec import to_wire
 from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionUpdate
 
-INFO = EngineInfo("fake-model", 4096, 100_000, 65_536, 1024, "cpu", "float32", "none")
+INFO = EngineInfo("fake-model", 4096, 512, 100_000, 65_536, 1024, "cpu", "float32", "none")
 
 
 TIMINGS = {"queue_ms": 0.0, "restore_ms": 0.0, "prefill_ms": 1.0, "ttft_ms": 5.0, "decode_ms": 9.0}

@@ -2,6 +2,7 @@
 
 import pytest
 
+from chatserve.engine import defaults
 from chatserve.errors import StartupError
 from chatserve.server.compose import compose, engine_config
 from chatserve.server.listener import bind, url_of
@@ -14,7 +15,6 @@ from chatserve.settings import load_settings
         ({"redis_url": "redis://:hunter2@127.0.0.1:1/0"}, r"redis://127\.0\.0\.1:1/0.*--redis-url"),
         ({"redis_url": "http://127.0.0.1:1"}, r"http://127\.0\.0\.1:1"),
         ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
-        ({"device": "cuda"}, "--device cpu"),
     ],
 )
 async def test_cannot_start(tmp_path, settings, expected):
@@ -47,6 +47,32 @@ def test_url(host, url):
 
 
 def test_engine_config():
-    """Settings reach the engine in its own terms; `auto` is the CPU, the only device of this version."""
-    config = engine_config(load_settings({"max_context": "2k", "kv_device_memory": "64M", "max_running": "3"}))
-    assert (config.device, config.max_context, config.kv_device_bytes, config.max_running) == ("cpu", 2048, 64 << 20, 3)
+    """Settings reach the engine in its own terms."""
+    config = engine_config(
+        load_settings(
+            {"device": "cuda", "dtype": "bfloat16", "load_format": "dummy", "max_context": "2k",
+             "kv_device_memory": "64M", "max_running": "3", "max_step_tokens": "1k"}
+        )
+    )  # fmt: skip
+    assert (config.device, config.dtype, config.load_format) == ("cuda", "bfloat16", "dummy")
+    assert (config.max_context, config.kv_device_bytes) == (2048, 64 << 20)
+    assert (config.max_running, config.max_step_tokens) == (3, 1024)
+
+
+def test_engine_decides():
+    """What nobody set is left open: the engine knows the device."""
+    config = engine_config(load_settings())
+    assert (config.device, config.dtype, config.load_format) == ("auto", "auto", "auto")
+    assert (config.kv_device_bytes, config.max_running, config.max_step_tokens) == (None, None, None)
+
+
+def test_defaults_by_device(tmp_path, monkeypatch):
+    """A quarter of the memory allowed, at most 4 GiB, on the CPU; nine tenths of what is free on a GPU."""
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(defaults, "_CGROUP_LIMIT", limit)
+    limit.write_text(f"{1 << 30}\n")
+    assert defaults.host_kv_bytes() == 1 << 28
+    limit.write_text("max\n")
+    assert 0 < defaults.host_kv_bytes() <= 4 << 30
+    assert defaults.gpu_kv_bytes(100 << 30) == 90 << 30
+    assert defaults.default_limits("cpu").max_running < defaults.default_limits("cuda").max_running

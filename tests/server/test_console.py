@@ -25,13 +25,13 @@ def test_auth(settings, auth):
 
 
 def test_summary(tmp_path):
-    """One line each for URL, model, capacity, sessions and auth, never wrapped, without keys or passwords."""
+    """A line each for URL, model, attention, capacity, sessions and auth, never wrapped, without keys or passwords."""
     output = io.StringIO()
     settings = load_settings({"redis_url": "redis://:hunter2@db/0", "api_keys": ("alice=alices-key",)})
     print_summary(Console(file=output, width=40), "http://127.0.0.1:8000", settings, INFO)
     lines = output.getvalue().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["URL", "Model", "Capacity", "Sessions", "Auth"]
+    assert [line.split()[0] for line in lines[1:]] == ["URL", "Model", "Attention", "Capacity", "Sessions", "Auth"]
     assert "http://127.0.0.1:8000" in lines[1]
-    assert "100,000 tokens" in lines[3]
+    assert "100,000 tokens" in lines[4]
     assert "hunter2" not in output.getvalue()
     assert "alices-key" not in output.getvalue()

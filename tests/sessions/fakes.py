@@ -25,7 +25,7 @@ class FakeEngine:
         gated: bool = False,
         pace_s: float = 0.0,
     ) -> None:
-        self.info = EngineInfo("fake", max_context, max_context, 65536, 64, "cpu", "float32", "none")
+        self.info = EngineInfo("fake", max_context, 512, max_context, 65536, 64, "cpu", "float32", "none")
         self.ready = True
         self.requests: list[GenerationRequest] = []
         self.held: dict[str, list[int]] = {}

@@ -184,7 +184,7 @@ async def test_a_response_that_cannot_go_on_fails_with_its_text(stage: Stage, wh
     await line.cut.wait()
     engine = FakeEngine(pseudo_random_token, pace_s=PACE_S)
     if why == "model":
-        engine.info = type(engine.info)("other", 4096, 4096, 65536, 64, "cpu", "float32", "none")
+        engine.info = type(engine.info)("other", 4096, 512, 4096, 65536, 64, "cpu", "float32", "none")
     await _spoil(stage, session_id, why)
     successor = await stage.start(engine, limits=ONE_BY_ONE)
     events = await successor.events(session_id)

@@ -339,7 +339,7 @@ async def test_a_session_goes_on_with_another_model(stage: Stage) -> None:
     await chat.ask(session_id, "a")
     await chat.manager.close()
     other = FakeEngine(saying("One", "Two"))
-    other.info = type(other.info)("other", 4096, 4096, 65536, 64, "cpu", "float32", "none")
+    other.info = type(other.info)("other", 4096, 512, 4096, 65536, 64, "cpu", "float32", "none")
     chat = await stage.start(other, limits=LIMITS)
     second = await chat.ask(session_id, "b")
     assert second["response"]["cache"]["reason"] == "model_changed"

@@ -117,3 +117,10 @@ class _WordPieces:
 
     def apply_chat_template(self, conversation: Any, **_: Any) -> str:
         return ""
+
+
+def test_ids_beyond_the_vocabulary():
+    """A model may have more ids than its tokenizer: each is one U+FFFD, also amid half a code point."""
+    half = chatml().encode("é", add_special_tokens=False)[:1]
+    assert decode(BYTE_LEVEL, [len(BYTE_LEVEL), 1 << 20]) == "\ufffd" * 2
+    assert decode(BYTE_LEVEL, [*half, len(BYTE_LEVEL)]) == "\ufffd" * 2

@@ -1,0 +1,221 @@
+"""From a configuration to an engine: which device, which model, how much memory, which kernels."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+
+from chatserve.engine.api import EngineInfo
+from chatserve.engine.config import EngineConfig
+from chatserve.engine.core import EngineCore
+from chatserve.engine.defaults import default_limits, host_kv_bytes
+from chatserve.engine.runner import Runner, TorchRunner
+from chatserve.errors import StartupError
+from chatserve.model.attention import CpuAttention
+from chatserve.model.config import ModelConfig, model_config
+from chatserve.model.decoder import Decoder
+from chatserve.model.weights import config_fingerprint, load_decoder, random_decoder, weights_fingerprint
+from chatserve.pretrained import Pretrained, load_pretrained
+from kvstore import KVLayout, KVStore, PosixMemory, VirtualMemory, default_page_bytes
+
+MAX_RANGES = 2048
+MAX_ARENA_TOKENS = 2**31 - 1
+MAX_ARENA_BYTES = 2**45
+logger = logging.getLogger(__name__)
+CUDA_MODULE = "chatserve.engine.cuda_backend"  # loaded by name: where CUDA is not installed it cannot be
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The engine's bounds, decided: see `EngineConfig`."""
+
+    max_context: int
+    max_step_tokens: int
+    max_running: int
+
+
+class Backend(Protocol):
+    """What differs between devices. `tile_tokens` and `ahead_tokens`: see `KVStore` and `Scheduler`."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tile_tokens: int
+    ahead_tokens: int
+
+    def describe(self) -> dict[str, str]:
+        """What an operator wants to know about the device, by name."""
+        ...
+
+    def kv_bytes(self, model: ModelConfig, limits: Limits) -> int:
+        """The KV budget where the operator gives none; asked once the model is loaded."""
+        ...
+
+    def page_bytes(self, kv_bytes: int, token_bytes: int) -> int:
+        """The page size where the operator gives none."""
+        ...
+
+    def memory(self, page_bytes: int) -> VirtualMemory: ...
+
+    def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> Runner: ...
+
+
+class CpuBackend:
+    """See `Backend`."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    tile_tokens = 0
+    ahead_tokens = 0
+
+    def describe(self) -> dict[str, str]:
+        """See `Backend.describe`."""
+        return {"Device": "CPU", "KV memory by default": f"{host_kv_bytes() / 2**30:.1f} GiB"}
+
+    def kv_bytes(self, model: ModelConfig, limits: Limits) -> int:
+        """See `Backend.kv_bytes`."""
+        return host_kv_bytes()
+
+    def page_bytes(self, kv_bytes: int, token_bytes: int) -> int:
+        """See `Backend.page_bytes`."""
+        return default_page_bytes(kv_bytes)
+
+    def memory(self, page_bytes: int) -> PosixMemory:
+        """See `Backend.memory`."""
+        return PosixMemory(page_bytes)
+
+    def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> TorchRunner:
+        """See `Backend.runner`."""
+        return TorchRunner(decoder, CpuAttention(store.arena), store.arena)
+
+
+def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
+    """Load the model and reserve its KV store; raises StartupError naming what is wrong and the remedy."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    pretrained = load_pretrained(config.model)
+    model = model_config(pretrained)
+    backend = choose_backend(config)
+    dtype = _dtype(config, backend)
+    limits = _limits(config, model, backend)
+    with _timed("loaded the weights"):
+        decoder = _decoder(config, pretrained, model, dtype, backend)
+    kv_bytes = config.kv_device_bytes or backend.kv_bytes(model, limits)
+    layout = kv_layout(model, dtype, backend, kv_bytes, config.page_bytes)
+    store = _store(config, layout, kv_bytes, limits, backend, _fingerprint(config, pretrained))
+    with _timed("prepared the kernels"):
+        runner = backend.runner(decoder, store, limits)
+    core = EngineCore(
+        store,
+        runner,
+        max_context=limits.max_context,
+        max_step_tokens=limits.max_step_tokens,
+        max_running=limits.max_running,
+        max_waiting=config.max_waiting,
+        ahead_tokens=backend.ahead_tokens,
+    )
+    info = EngineInfo(
+        model=config.model,
+        max_context=core.max_context,
+        vocab_size=model.vocab_size,
+        capacity_tokens=kv_bytes // layout.token_bytes,
+        page_bytes=layout.page_bytes,
+        token_bytes=layout.token_bytes,
+        device=backend.device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        attention=runner.attention_name,
+    )
+    return core, info
+
+
+def kv_layout(model: ModelConfig, dtype: torch.dtype, backend: Backend, kv_bytes: int, page_bytes: int = 0) -> KVLayout:
+    """The layout of the model's rows; `page_bytes` 0 leaves the size of a page to the backend."""
+    token_bytes = model.num_layers * 2 * model.kv_size * dtype.itemsize
+    chosen = page_bytes or backend.page_bytes(kv_bytes, token_bytes)
+    return KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, dtype, chosen)
+
+
+def has_cuda() -> bool:
+    """Whether torch finds a GPU and cuda-python is installed."""
+    return torch.cuda.is_available() and find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    logger.info("%s in %.1f s", what, time.monotonic() - started)
+
+
+def choose_backend(config: EngineConfig) -> Backend:
+    """The configured device's side; raises StartupError where it cannot be used."""
+    if config.device == "cpu" or (config.device == "auto" and not has_cuda()):
+        return CpuBackend()
+    if not torch.cuda.is_available():
+        raise StartupError(
+            "--device cuda: torch finds no GPU; install its CUDA build and a driver, or use --device cpu"
+        )
+    if not has_cuda():
+        raise StartupError("--device cuda needs cuda-python; install it with: pip install 'chatserve[cuda]'")
+    backend: Backend = import_module(CUDA_MODULE).CudaBackend()
+    return backend
+
+
+def _limits(config: EngineConfig, model: ModelConfig, backend: Backend) -> Limits:
+    if config.max_context and config.max_context > model.max_position:
+        raise StartupError(
+            f"--max-context {config.max_context} exceeds the model's {model.max_position} tokens; choose at most that"
+        )
+    defaults = default_limits(backend.device.type)
+    return Limits(
+        max_context=config.max_context or model.max_position,
+        max_step_tokens=config.max_step_tokens or defaults.max_step_tokens,
+        max_running=config.max_running or defaults.max_running,
+    )
+
+
+def _decoder(
+    config: EngineConfig, pretrained: Pretrained, model: ModelConfig, dtype: torch.dtype, backend: Backend
+) -> Decoder:
+    if config.load_format == "dummy":
+        return random_decoder(model, dtype=dtype, device=backend.device)
+    return load_decoder(pretrained, model, dtype=dtype, device=backend.device)
+
+
+def _fingerprint(config: EngineConfig, pretrained: Pretrained) -> bytes:
+    if config.load_format == "dummy":
+        return config_fingerprint(pretrained.directory)
+    return weights_fingerprint(pretrained.directory)
+
+
+def _store(
+    config: EngineConfig, layout: KVLayout, kv_bytes: int, limits: Limits, backend: Backend, fingerprint: bytes
+) -> KVStore:
+    range_bytes = layout.range_bytes(limits.max_context, backend.tile_tokens)
+    max_ranges = min(MAX_RANGES, MAX_ARENA_BYTES // range_bytes, MAX_ARENA_TOKENS * layout.token_bytes // range_bytes)
+    return KVStore(
+        layout,
+        backend.memory(layout.page_bytes),
+        budget_bytes=kv_bytes,
+        max_tokens=limits.max_context,
+        max_ranges=max_ranges,
+        fingerprint=fingerprint,
+        prefix_sharing=config.prefix_sharing,
+        tile_tokens=backend.tile_tokens,
+    )
+
+
+def _dtype(config: EngineConfig, backend: Backend) -> torch.dtype:
+    names = {
+        "auto": backend.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
+    }  # fmt: skip
+    if config.dtype not in names:
+        raise StartupError(f"--dtype {config.dtype!r} is unknown; choose one of {', '.join(names)}")
+    return names[config.dtype]
