@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("kernels: no CUDA device")
+        sys.exit("attention_kernels: no CUDA device")
     rows = [prefill_row(*shape) for shape in PREFILLS] + [decode_row(*shape) for shape in DECODES] + [shared_row()]
     rows.append({"what": "copy", "GB/s": copy_rate()})
     for row in rows:

@@ -10,6 +10,7 @@ import argparse
 import random
 import re
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,9 +77,9 @@ class Load:
         self.core.handle(
             {
                 "verb": "submit", "request_id": f"r{self._count}", "session_id": session_id, "tenant": "t",
-                "num_history": 0, "history_hash": b"", "num_history_sent": 0, "token_ids": token_ids,
-                "num_generated": 0, "max_output_tokens": num_tokens, "sampling": {}, "stop_token_ids": [],
-                "reuse": True,
+                "num_history": 0, "history_hash": b"", "num_history_sent": 0,
+                "token_ids": array("i", token_ids).tobytes(), "num_generated": 0, "max_output_tokens": num_tokens,
+                "sampling": {}, "stop_token_ids": [], "reuse": True,
             }
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from kvstore.arrays import as_page_array, as_token_array
+from kvstore.arrays import TokenArray, as_page_array, as_token_array
 from kvstore.errors import LeaseHeld, OutOfPages
 from kvstore.eviction import EvictionPolicy
 from kvstore.integrity import check_frontier, check_holders
@@ -70,7 +70,9 @@ class KVStore:
         rows = memory.view(0, max_ranges * range_bytes).view(layout.dtype)
         self.arena = rows.view(-1, layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
 
-    def lease(self, session_id: str, salt: bytes, token_ids: Sequence[int], *, reuse: bool = True) -> Lease:
+    def lease(
+        self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray, *, reuse: bool = True
+    ) -> Lease:
         """Hold the session's rows for a request whose history is `token_ids`, at most all but the last from cache.
 
         Rows come from where the session has them mapped, else from the index; `reuse=False` starts from none.

@@ -91,7 +91,8 @@ class LiveServer:
 def server_environment() -> dict[str, str]:
     """The environment without settings of our own, with this source tree importable, and few threads."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHATSERVE_")}
-    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
 
 
 def free_port() -> int:

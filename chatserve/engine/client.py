@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from array import array
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
@@ -174,7 +175,8 @@ class EngineClient:
         """Send a request; unless `whole`, only the ids past the history the engine should already hold."""
         request = stream.request
         num_sent_before = 0 if whole else request.num_history
-        ids = [*request.token_ids, *stream.generated]
+        ids = array("i", request.token_ids)
+        ids.extend(stream.generated)
         self._post(
             {
                 "verb": "submit",
@@ -182,9 +184,9 @@ class EngineClient:
                 "session_id": request.session_id,
                 "tenant": request.tenant,
                 "num_history": request.num_history,
-                "history_hash": history_hash(request.token_ids[: request.num_history]),
+                "history_hash": history_hash(ids[: request.num_history]),
                 "num_history_sent": num_sent_before,
-                "token_ids": ids[num_sent_before:],
+                "token_ids": ids[num_sent_before:].tobytes(),
                 "num_generated": request.num_generated + len(stream.generated),
                 "max_output_tokens": request.max_output_tokens,
                 "sampling": asdict(request.sampling),

@@ -8,11 +8,12 @@ n + 1 was launched, so the device never waits. Commands and events are the lists
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from chatserve.engine.api import FinishReason, SamplingParams
-from chatserve.engine.history import HistoryTable
+from chatserve.engine.history import HistoryTable, TokenIds
 from chatserve.engine.request import Request
 from chatserve.engine.runner import Runner, Step
 from chatserve.engine.scheduler import Scheduler, Work
@@ -148,7 +149,8 @@ class EngineCore:
         if history is None and not sent_whole:
             self._events.append(["need_tokens", command["request_id"]])
             return
-        token_ids = command["token_ids"] if sent_whole else [*(history or []), *command["token_ids"]]
+        token_ids = array("i") if sent_whole or history is None else history
+        token_ids.frombytes(command["token_ids"])
         refusal = self._refusal(len(token_ids), command["num_generated"])
         if refusal:
             self._events.append(["refused", command["request_id"], *refusal])
@@ -174,7 +176,7 @@ class EngineCore:
             return "queue_full", f"{self._max_waiting} requests are waiting already; try again later"
         return None
 
-    def _request(self, command: dict[str, Any], token_ids: list[int]) -> Request:
+    def _request(self, command: dict[str, Any], token_ids: TokenIds) -> Request:
         num_prompt = len(token_ids) - command["num_generated"]
         asked = num_prompt + command["max_output_tokens"]
         return Request(

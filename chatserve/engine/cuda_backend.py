@@ -22,6 +22,7 @@ from kvstore.driver import CudaDriver
 GRANULARITY_BYTES = 2 << 20  # of CUDA's virtual memory on every GPU known
 MAX_PAGE_TOKENS = 64
 AHEAD_TOKENS = 8
+SPARE_BYTES = 128 << 20  # made ahead, so that a step seldom waits for new memory
 WORKSPACE_BYTES = 1 << 30
 SWITCH_INTERVAL_S = 0.0002
 FLASH_HEAD_DIMS = (64, 128, 256)
@@ -73,7 +74,12 @@ class CudaBackend:
 
     def memory(self, page_bytes: int) -> CudaMemory:
         """See `Backend.memory`."""
-        return CudaMemory(page_bytes, stream=self._stream.cuda_stream, device=self.device.index)
+        return CudaMemory(
+            page_bytes,
+            stream=self._stream.cuda_stream,
+            device=self.device.index,
+            spare_pages=SPARE_BYTES // page_bytes,
+        )
 
     def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> Runner:
         """FlashInfer's kernels where they can be used, else torch's, which are slower; the name says why."""

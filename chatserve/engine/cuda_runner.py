@@ -326,7 +326,7 @@ class CudaRunner:
         return logits
 
 
-def _input_ids(item: Work) -> list[int]:
+def _input_ids(item: Work) -> Sequence[int]:
     """The chunk's ids; a token that is still on the chip is named by its slot, see `CudaOperations`."""
     ids = item.request.token_ids[item.start : item.end]
     return ids if len(ids) == item.num_tokens else [*ids, -1 - item.request.slot]

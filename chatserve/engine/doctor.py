@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -124,7 +125,7 @@ def _answer(core: EngineCore, session_id: str, token_ids: Sequence[int]) -> int:
             "num_history": 0,
             "history_hash": b"",
             "num_history_sent": 0,
-            "token_ids": list(token_ids),
+            "token_ids": array("i", token_ids).tobytes(),
             "num_generated": 0,
             "max_output_tokens": 1,
             "sampling": {},

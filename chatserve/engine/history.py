@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 MAX_REMEMBERED_TOKENS = 64_000_000  # four bytes each
+TokenIds: TypeAlias = "array[int]"  # of type code "i": 32 bits, so that a long history is moved in microseconds
 
 
-def history_hash(token_ids: Iterable[int]) -> bytes:
+def history_hash(token_ids: TokenIds) -> bytes:
     """16 bytes that both processes compute over the ids of a history, as 32-bit little-endian integers."""
-    ids = token_ids if isinstance(token_ids, array) else array("i", token_ids)
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(token_ids, digest_size=16).digest()
 
 
 class HistoryTable:
@@ -22,23 +22,23 @@ class HistoryTable:
     def __init__(self, max_tokens: int = MAX_REMEMBERED_TOKENS) -> None:
         self._max_tokens = max_tokens
         self._num_tokens = 0
-        self._by_session: OrderedDict[str, array[int]] = OrderedDict()
+        self._by_session: OrderedDict[str, TokenIds] = OrderedDict()
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._by_session
 
-    def prefix(self, session_id: str, num_tokens: int, expected_hash: bytes) -> list[int] | None:
-        """The session's first `num_tokens` ids, or None when they are not held or hash differently."""
+    def prefix(self, session_id: str, num_tokens: int, expected_hash: bytes) -> TokenIds | None:
+        """A copy of the session's first `num_tokens` ids, or None when they are not held or hash differently."""
         held = self._by_session.get(session_id)
         if held is None or len(held) < num_tokens:
             return None
         ids = held[:num_tokens]
-        return ids.tolist() if history_hash(ids) == expected_hash else None
+        return ids if history_hash(ids) == expected_hash else None
 
-    def remember(self, session_id: str, token_ids: Sequence[int]) -> None:
-        """Keep these as the session's ids, in place of what was held."""
+    def remember(self, session_id: str, token_ids: TokenIds) -> None:
+        """Keep these, which nobody changes any more, as the session's ids, in place of what was held."""
         self.forget(session_id)
-        self._by_session[session_id] = array("i", token_ids)
+        self._by_session[session_id] = token_ids
         self._num_tokens += len(token_ids)
         while self._num_tokens > self._max_tokens:
             self.forget(next(iter(self._by_session)))

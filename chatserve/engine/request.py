@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from chatserve.engine.api import FinishReason, SamplingParams
+from chatserve.engine.history import TokenIds
 from kvstore import Lease
-from kvstore.arrays import TokenArray, as_token_array
+from kvstore.arrays import TokenArray
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +25,7 @@ class Request:
     request_id: str
     session_id: str
     salt: bytes
-    token_ids: list[int]
+    token_ids: TokenIds
     num_prompt: int
     max_tokens: int
     limit_reason: FinishReason
@@ -45,7 +48,11 @@ class Request:
     given: TokenArray = field(init=False, repr=False)  # the ids it came with, to compare with others'
 
     def __post_init__(self) -> None:
-        self.given = as_token_array(self.token_ids)
+        self.given = self.tokens()
+
+    def tokens(self) -> TokenArray:
+        """A copy of `token_ids`."""
+        return np.array(self.token_ids, np.int32)
 
     @property
     def kv_length(self) -> int:

@@ -5,7 +5,6 @@ It knows requests, leases and the KV store; it does not know the model, the wire
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -122,16 +121,14 @@ class Scheduler:
     def _lease_whole_prompt(self, request: Request) -> Lease | None:
         """Rows for every token the request has, or None with nothing held: two half-admitted ones could deadlock."""
         try:
-            lease = self._store.lease(request.session_id, request.salt, request.token_ids, reuse=request.reuse)
+            lease = self._store.lease(request.session_id, request.salt, request.tokens(), reuse=request.reuse)
         except OutOfPages:
             return None
-        try:
-            lease.grow(len(request.token_ids))
-        except OutOfPages:
-            lease.release()
-            return None
-        self._grow_ahead(request, lease)
-        return lease
+        num_tokens = len(request.token_ids)
+        if _try_grow(lease, self._with_ahead(request, num_tokens)) or _try_grow(lease, num_tokens):
+            return lease
+        lease.release()
+        return None
 
     def _waits_for_leader(self, request: Request) -> bool:
         """Whether a running prefill is computing pages this request could map once they are committed."""
@@ -179,10 +176,10 @@ class Scheduler:
 
     def _grow_ahead(self, request: Request, lease: Lease) -> None:
         """Map the next rows before they are needed, if that costs nobody anything."""
-        wanted = min(request.num_expected + self._ahead_tokens, request.max_tokens)
-        if lease.capacity_tokens < wanted:
-            with contextlib.suppress(OutOfPages):
-                lease.grow(wanted)
+        _try_grow(lease, self._with_ahead(request, request.num_expected))
+
+    def _with_ahead(self, request: Request, num_tokens: int) -> int:
+        return max(num_tokens, min(num_tokens + self._ahead_tokens, request.max_tokens))
 
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue: its tokens stay, its pages become evictable."""
@@ -215,6 +212,14 @@ class Scheduler:
             if num_tokens > 0:
                 budget -= num_tokens
                 yield _assign(request, num_tokens)
+
+
+def _try_grow(lease: Lease, num_tokens: int) -> bool:
+    try:
+        lease.grow(num_tokens)
+    except OutOfPages:
+        return False
+    return True
 
 
 def _assign(request: Request, num_tokens: int) -> Work:

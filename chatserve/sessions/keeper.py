@@ -46,9 +46,8 @@ class TurnKeeper:
         """Responses being made."""
         return len(self._running)
 
-    def start(self, live: LiveSession, plan: TurnPlan, prompt_ids: list[int] | None) -> None:
-        """Make a response that is in the log; without its prompt it is one that was interrupted."""
-        turn = Turn(live, plan, prompt_ids, self._tools)
+    def start(self, live: LiveSession, turn: Turn) -> None:
+        """Make a response that is in the log."""
         pin = ExitStack()
         pin.enter_context(self._registry.using(live))
         live.turn = turn
@@ -115,4 +114,4 @@ class TurnKeeper:
     async def _go_on(self, live: LiveSession) -> None:
         async with live.lock:
             if live.meta.active is not None and live.turn is None and self._is_open:
-                self.start(live, TurnPlan.from_map(live.meta.active), None)
+                self.start(live, Turn(live, TurnPlan.from_map(live.meta.active), None, self._tools))

@@ -21,7 +21,7 @@ from chatserve.protocol import events
 from chatserve.protocol.codec import from_wire, to_wire
 from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, SessionUpdate, given_params
 from chatserve.sessions import views
-from chatserve.sessions.accept import Accepted, body_hash, prepare_turn
+from chatserve.sessions.accept import Accepted, PreparedTurn, body_hash, prepare_turn
 from chatserve.sessions.following import follow_session
 from chatserve.sessions.keeper import TurnKeeper
 from chatserve.sessions.limits import SessionLimits
@@ -33,7 +33,7 @@ from chatserve.sessions.session import Change, Draft, LiveSession
 from chatserve.sessions.tasks import TaskGroup
 from chatserve.sessions.tree import find_message
 from chatserve.sessions.trimming import LogTrimmer
-from chatserve.sessions.turn import TurnTools
+from chatserve.sessions.turn import Turn, TurnTools
 from chatserve.storage.session_store import (
     IdempotencyConflict,
     IdempotencyKey,
@@ -249,12 +249,24 @@ class SessionManager:
             self._check_free(live)
             prepared = await prepare_turn(live, command, self._tools)
             self._check_open()
-            earlier = await self._commit(live, prepared.change)
+            earlier = await self._accept(live, prepared)
             if earlier is not None:
                 return _accepted_before(earlier, command)
-            self._keeper.start(live, prepared.plan, prepared.prompt_ids)
             self._note_turn(live, prepared.plan.num_prompt)
             return prepared.accepted
+
+    async def _accept(self, live: LiveSession, prepared: PreparedTurn) -> StoredKey | None:
+        """Write the turn to the log and start it; the engine begins meanwhile, and stops where that fails."""
+        turn = Turn(live, prepared.plan, prepared.prompt_ids, self._tools)
+        turn.run_ahead()
+        try:
+            earlier = await self._commit(live, prepared.change)
+            if earlier is None:
+                self._keeper.start(live, turn)
+            return earlier
+        finally:
+            if live.turn is not turn:
+                await turn.discard()
 
     def _check_free(self, live: LiveSession) -> None:
         """Raise where no turn can begin now."""

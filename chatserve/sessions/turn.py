@@ -62,6 +62,7 @@ class Turn:
             num_input=plan.num_prompt, num_history=plan.num_history, planned_reason=plan.miss_reason
         )
         self._writer = self._new_writer()
+        self._ahead: tuple[AsyncGenerator[Progress, None], asyncio.Future[Progress]] | None = None
         self._task: asyncio.Task[None] | None = None
         self._consuming: asyncio.Task[FinishReason] | None = None
         self._done = asyncio.Event()
@@ -72,6 +73,16 @@ class Turn:
     def response_id(self) -> str:
         """The response this turn makes."""
         return self.plan.response_id
+
+    def run_ahead(self) -> None:
+        """Let the engine begin while the turn is still being accepted; then `start` or `discard` it."""
+        stream = self._open_stream()
+        self._ahead = stream, asyncio.ensure_future(anext(stream))
+
+    async def discard(self) -> None:
+        """The turn was not accepted: nothing of it is written."""
+        await self._leave_ahead()
+        await self._writer.close()
 
     def start(self, on_done: Callable[[], None]) -> None:
         """Run in a task; `on_done` is called at its end, whatever that is."""
@@ -108,6 +119,7 @@ class Turn:
         except Exception:  # the session is looked after by whoever waits for this task's end
             logger.exception("response %s could not be ended", self.response_id)
         finally:
+            await self._leave_ahead()
             await self._writer.close()
             self._done.set()
 
@@ -157,13 +169,27 @@ class Turn:
     async def _consume_stream(self) -> FinishReason:
         if self._is_stopping:
             return "cancelled"
-        stream = cast(AsyncGenerator[Progress, None], self._tools.engine.generate(self._request()))
+        (stream, first), self._ahead = self._ahead or (self._open_stream(), None), None
         async with aclosing(stream):
+            reason = self._take(await first) if first else None
+            if reason is not None:
+                return reason
             async for progress in stream:
                 reason = self._take(progress)
                 if reason is not None:
                     return reason
         raise ServiceError("the engine ended this response without a reason")
+
+    def _open_stream(self) -> AsyncGenerator[Progress, None]:
+        return cast(AsyncGenerator[Progress, None], self._tools.engine.generate(self._request()))
+
+    async def _leave_ahead(self) -> None:
+        """Take back what the engine began and nobody waits for."""
+        if self._ahead is not None:
+            (stream, first), self._ahead = self._ahead, None
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            await stream.aclose()
 
     def _take(self, progress: Progress) -> FinishReason | None:
         """What one message of the engine means; the reason if it is the last."""

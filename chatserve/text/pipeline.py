@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Literal
 
 from chatserve.text.detokenize import Detokenizer, decode
@@ -112,7 +112,7 @@ class TextPipeline:
     ) -> Prompt:
         if not self._can_append(path, date):
             return self._render_anew(path, said, instructions, date)
-        history = [token_id for message in path for token_id in message.token_ids]
+        history = list(chain.from_iterable(message.token_ids for message in path))
         if said is None:
             added = []
         elif not isinstance(said, str):

@@ -20,8 +20,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 8},
 }
 COMMON = {
-    "hidden_size": 512, "initializer_range": 0.03, "intermediate_size": 1024, "num_hidden_layers": 4, "max_position_embeddings": 8192,
-    "dtype": torch.bfloat16,
+    "hidden_size": 512, "initializer_range": 0.03, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "max_position_embeddings": 8192, "dtype": torch.bfloat16,
 }  # fmt: skip
 
 

@@ -38,6 +38,6 @@ def test_no_decodes_make_an_empty_plan():
     ],
 )
 def test_kernels_that_split_histories_take_what_would_leave_the_chip_idle(num_queries, history, num_spans, ragged):
-    """Llama-3-8B's heads on 132 processors: the choice is the faster one of `bench/attention_kernels.py`'s measurements."""
+    """Llama-3-8B's heads on 132 processors: the faster one, measured by `bench/attention_kernels.py`."""
     num_tiles = num_spans * count_tiles(num_queries, num_heads=32)
     assert prefers_ragged(num_queries, history, num_tiles=num_tiles, num_processors=132) is ragged
