@@ -38,16 +38,20 @@ def main() -> None:
     paths = [[*system, *load.ids(TOKENS)] for _ in range(SESSIONS)]
     for turn in range(TURNS):
         run_turn(load, paths)
+        for path in paths:
+            path.pop()  # the last token has no row yet
         live = (SYSTEM + sum(len(path) - SYSTEM for path in paths)) * info.token_bytes
         kv_held = core.store.stats().physical_bytes
         print(f"{turn + 1:>5} {live / GIB:>9.2f} {kv_held / GIB:>9.2f} {kv_held / live:>6.3f}")
+        for path in paths:
+            path += load.ids(TOKENS)
     give_up_all(core)
     held = total - torch.cuda.mem_get_info()[0]
     print(f"all sessions dropped and idle: {held / GIB:.2f} GiB held")
 
 
 def run_turn(load: Load, paths: list[list[int]]) -> None:
-    """One turn of every session; its new tokens are put behind the reply."""
+    """One turn of every session; the reply is put behind what was said."""
     for number, path in enumerate(paths):
         load.submit(f"m{number}", path, TOKENS)
     first = load._count - len(paths) + 1
@@ -56,8 +60,6 @@ def run_turn(load: Load, paths: list[list[int]]) -> None:
         for event in load.core.take_events():
             if event[0] == "tokens":
                 paths[int(event[1][1:]) - first] += event[2]
-    for path in paths:
-        path += load.ids(TOKENS)
 
 
 def give_up_all(core: EngineCore) -> None:

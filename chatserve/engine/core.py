@@ -7,6 +7,7 @@ n + 1 was launched, so the device never waits. Commands and events are the lists
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable
@@ -17,13 +18,14 @@ from chatserve.engine.history import HistoryTable, TokenIds
 from chatserve.engine.request import Request
 from chatserve.engine.runner import Runner, Step
 from chatserve.engine.scheduler import Scheduler, Work
-from kvstore import IntegrityError, KVStore, OutOfPages
+from kvstore import IntegrityError, KVStore, MemoryRefused, OutOfPages
 
 OUT_OF_MEMORY = (
     "the system has less memory than the KV budget promises, and nothing is left to evict; "
     "free memory on this machine or lower --kv-device-memory"
 )
 Event = list[Any]
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -88,6 +90,13 @@ class EngineCore:
         if launched:
             self._commit(launched)
         self._finish_cancelled(self._scheduler.running)  # with what was in flight for them counted
+
+    def rest(self) -> None:
+        """Give memory back that nobody needs now. For idle moments; what the system refuses is tried again later."""
+        try:
+            self.store.shrink()
+        except MemoryRefused as refusal:
+            logger.warning("idle memory is not given back now: %s", refusal)
 
     def _schedule(self) -> list[Work]:
         """The step's work, its rows mapped; requests that the system refuses mappings for give way."""

@@ -57,7 +57,7 @@ def serve(channel: SyncChannel, core: EngineCore) -> None:
         for command in (command for frame in frames for command in frame):
             core.handle(command)
         if core.idle and not frames:
-            core.store.shrink()
+            core.rest()
         else:
             core.step()
             channel.send(core.take_events())

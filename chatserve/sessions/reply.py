@@ -44,12 +44,12 @@ class Reply:
     def push(self, token_ids: Iterable[int]) -> tuple[str, list[int]]:
         """The text these ids complete, and those of them that were taken: none behind the end of the reply."""
         num_before = len(self.token_ids)
-        text = ""
+        texts = []
         for token_id in token_ids:
             if self.is_over:
                 break
-            text += self._push_one(token_id)
-        return text, self.token_ids[num_before:]
+            texts.append(self._push_one(token_id))
+        return self._show("".join(texts)), self.token_ids[num_before:]
 
     def release(self) -> str:
         """What was held back as the possible beginning of a stop string, when the reply ends without one."""
@@ -68,6 +68,10 @@ class Reply:
         self._ended = token_id in self._end_ids
         if self._ended:
             decoded += self._detokenizer.flush()
+        return self._filter(decoded) if self._stop_filter.is_needed else decoded
+
+    def _filter(self, decoded: str) -> str:
+        """What of this can be shown; where tokens end is remembered, because a stop string may cut behind any."""
         self._decoded.append(decoded)
         self._num_decoded += len(decoded)
         if not self._detokenizer.is_partial:
@@ -75,7 +79,7 @@ class Reply:
         text = self._stop_filter.push(decoded)
         if self._ended and not self._stop_filter.stopped:
             text += self._stop_filter.release()
-        return self._show(text)
+        return text
 
     def _show(self, text: str) -> str:
         self._shown.append(text)

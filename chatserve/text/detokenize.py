@@ -16,7 +16,7 @@ class Detokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary, before: Iterable[int] | None = None) -> None:
-        self._vocabulary = vocabulary
+        self._bytes_of = vocabulary.bytes_of
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_space = vocabulary.strips_leading_space and before is None
         for token_id in before or ():
@@ -29,7 +29,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The code points that this token completes."""
-        data = self._vocabulary.bytes_of(token_id)
+        data = self._bytes_of(token_id)
         if self._strip_space and data:
             self._strip_space = False
             data = data.removeprefix(b" ")
@@ -42,5 +42,7 @@ class Detokenizer:
 
 def decode(vocabulary: Vocabulary, token_ids: Iterable[int]) -> str:
     """The whole text of these ids, as a `Detokenizer` would give it piece by piece."""
-    detokenizer = Detokenizer(vocabulary)
-    return "".join(detokenizer.push(token_id) for token_id in token_ids) + detokenizer.flush()
+    data = b"".join([vocabulary.bytes_of(token_id) for token_id in token_ids])
+    if vocabulary.strips_leading_space:
+        data = data.removeprefix(b" ")
+    return data.decode("utf-8", "replace")

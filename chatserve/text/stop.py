@@ -18,6 +18,11 @@ class StopFilter:
         self.stopped = False
 
     @property
+    def is_needed(self) -> bool:
+        """Whether there is any stop string."""
+        return bool(self._stops)
+
+    @property
     def held(self) -> str:
         """Text kept back because it could be the beginning of a stop string."""
         return self._held

@@ -28,13 +28,16 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._hidden = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._bytes: dict[int, bytes] = {}
         self._reference = next(iter(self._ordinary_ids(len(tokenizer))), None)
         self._spelling = self._find_spelling()
+        if self._spelling != self._by_difference:  # which is slow: token by token, as they come
+            self._bytes = {i: self._look_up(i) for i in range(len(tokenizer))}
         self.strips_leading_space = self._find_leading_strip()
 
     def __len__(self) -> int:
-        return len(self._tokenizer)
+        return len(self._tokens)
 
     def bytes_of(self, token_id: int) -> bytes:
         """What the token adds to the UTF-8 text; empty for hidden ids."""
@@ -62,7 +65,7 @@ class Vocabulary:
 
     def _ordinary_ids(self, stop: int, step: int = 1) -> Iterator[int]:
         added = self._tokenizer.added_tokens_decoder
-        return (i for i in range(0, stop, step) if i not in added and self._tokenizer.convert_ids_to_tokens(i))
+        return (i for i in range(0, stop, step) if i not in added and self._tokens[i])
 
     def _agrees(self, spelling: _Spelling, token_id: int) -> bool:
         shown = self._decode([token_id])
@@ -75,13 +78,14 @@ class Vocabulary:
         return token_id is not None and not self._decode([token_id]).startswith(" ")
 
     def _byte_level(self, token_id: int) -> bytes:
-        token = self._tokenizer.convert_ids_to_tokens(token_id) or ""
-        if all(char in _BYTE_OF_CHAR for char in token):
-            return bytes(_BYTE_OF_CHAR[char] for char in token)
-        return token.encode()
+        token = self._tokens[token_id] or ""
+        try:
+            return token.translate(_TO_LATIN_1).encode("latin-1")
+        except UnicodeEncodeError:  # it is spelled as it is
+            return token.encode()
 
     def _sentencepiece(self, token_id: int) -> bytes:
-        token = self._tokenizer.convert_ids_to_tokens(token_id) or ""
+        token = self._tokens[token_id] or ""
         byte = _BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
 
@@ -96,12 +100,12 @@ class Vocabulary:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes."""
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-ins for the 256 bytes, each with the Latin-1 character of its byte; no other one has."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
+    alphabet = dict.fromkeys(others, "\ufffd") | {byte: chr(byte) for byte in printable}
+    return alphabet | {256 + index: chr(byte) for index, byte in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_alphabet()
+_TO_LATIN_1 = _byte_alphabet()

@@ -10,13 +10,24 @@ import torch
 
 from tests.engine.fakes import run_until_idle, submit, tokens_of
 from tests.gpu.probe import COMMON, SHAPES, ProbedEngine, assert_same_answer, reference_logits
+from tests.kvstore.fakes import DRIVER_CALLS, fail_call
 from tests.model.checkpoints import make_checkpoint
+
+cuda_backend = pytest.importorskip("chatserve.engine.cuda_backend")
+flash = pytest.importorskip("chatserve.model.flash")
+cuda_operations = pytest.importorskip("chatserve.model.cuda_operations")
 
 
 @pytest.fixture(scope="module", params=sorted(SHAPES))
 def directory(request, tmp_path_factory):
     """A random bf16 checkpoint of each family."""
     return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **COMMON, **SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The checkpoint of one family."""
+    return make_checkpoint(tmp_path_factory.mktemp("one"), "llama", **COMMON, **SHAPES["llama"])
 
 
 @pytest.fixture
@@ -116,6 +127,43 @@ def test_far_ends_of_the_arena_answer_like_transformers(directory):
     assert far.base_token * token_elements > 2**31
     for lease in [far, *leases]:
         lease.release()
+    engine.close()
+
+
+@pytest.mark.parametrize("missing", ["fa3", "flashinfer"])
+def test_without_the_fastest_kernels_answers_are_the_same(directory, monkeypatch, missing):
+    """Older GPUs prefill with the paged kernel and multiply with cuBLAS; without flashinfer torch attends."""
+    if missing == "fa3":
+        monkeypatch.setattr(flash, "HOPPER", 99)
+        monkeypatch.setattr(cuda_operations, "SMALL_LINEAR_CAPABILITY", 99)
+    else:
+        monkeypatch.setattr(cuda_backend, "find_spec", lambda _: None)
+    engine = ProbedEngine(directory)
+    assert ("FA2 paged prefill" if missing == "fa3" else "flashinfer is not installed") in engine.info.attention
+    for index, length in enumerate([1, 300, 2000]):
+        prompt = random_ids(length, index)
+        check(engine, directory, f"r{index}", prompt, engine.reply(f"r{index}", f"s{index}", prompt, 8))
+    engine.close()
+
+
+@pytest.mark.parametrize("call", DRIVER_CALLS)
+def test_one_refused_driver_call_is_not_felt(llama, call):
+    """Whichever call is refused once amid service, it is rolled back and done again: every answer is the right one."""
+    engine = ProbedEngine(llama, kv_device_bytes=64 << 20)
+    prefix = random_ids(500, 1)
+    engine.reply("owner", "owner", prefix, 4)
+    countdown = fail_call(engine.core.store._memory._driver, call)
+    prompts = {f"r{i}": prefix[: 90 * i] + random_ids(300, 10 + i) for i in range(5)}
+    for request_id, prompt in prompts.items():
+        submit(engine.core, request_id, request_id, prompt, max_output_tokens=40)
+    events = run_until_idle(engine.core)
+    for request_id in prompts:
+        engine.core.handle({"verb": "forget", "session_id": request_id})
+    engine.core.rest()
+    engine.core.store.check_integrity()
+    assert countdown.remaining <= 0, "the call was never made"
+    for request_id, prompt in prompts.items():
+        check(engine, llama, request_id, prompt, tokens_of(events[request_id]))
     engine.close()
 
 

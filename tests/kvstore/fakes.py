@@ -173,6 +173,10 @@ class FakeDriver:
         return list(inside)
 
 
+DRIVER_CALLS = ["create", "release", "map", "set_access", "unmap", "zero", "copy", "create_event", "record_event",
+                "query_event", "wait_event"]  # fmt: skip
+
+
 def fail_call(driver: Any, name: str, nth: int = 1, times: int = 1) -> Countdown:
     """The nth call of a driver's method from now on is refused, `times` of them in a row."""
     call, countdown = getattr(driver, name), Countdown()

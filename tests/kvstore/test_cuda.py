@@ -13,7 +13,7 @@ import torch
 
 from kvstore import KVLayout, KVStore, MemoryRefused, OutOfPages
 from kvstore.memory import GUARD, UNMAPPED
-from tests.kvstore.fakes import as_pages, fail_call
+from tests.kvstore.fakes import DRIVER_CALLS, as_pages, fail_call
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 cuda = pytest.importorskip("kvstore.cuda")
@@ -198,12 +198,8 @@ def test_mapping_beside_running_kernels_for_a_minute():
     assert churn(SOAK_SECONDS, seed=2) > 1000
 
 
-CALLS = ["create", "release", "map", "set_access", "unmap", "zero", "copy", "create_event", "record_event",
-         "query_event", "wait_event"]  # fmt: skip
-
-
 @pytest.mark.parametrize("nth", [1, 4])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", DRIVER_CALLS)
 def test_store_survives_one_refused_call(call, nth):
     """Turns of three sessions on the real driver: whichever call is refused once, rows stay right."""
     layout = KVLayout(32, 8, 128, torch.bfloat16, PAGE)

@@ -102,8 +102,8 @@ class _WordPieces:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def convert_ids_to_tokens(self, ids: int) -> str | None:
-        return self.tokens[ids]
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
+        return [self.tokens[i] for i in ids]
 
     def decode(self, token_ids: list[int], **_: Any) -> str:
         words = [self.tokens[i] for i in token_ids if i != 0]
