@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import uuid
 from typing import Any
 
 import msgpack
@@ -56,7 +57,7 @@ class WsConnection:
 
     def key(self) -> str:
         """An idempotency key that was not used before."""
-        return f"k{time.time_ns()}-{next(self._ids)}"
+        return uuid.uuid4().hex
 
     def events_of(self, session_id: str) -> asyncio.Queue[tuple[float, dict[str, Any]]]:
         """The session's events with the times at which they came; ask before attaching."""

@@ -11,13 +11,13 @@ import itertools
 import logging
 from array import array
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from typing import Any
 
 from chatserve.engine.api import EngineInfo, Finished, GenerationRequest, Progress, Resumed, Started, Tokens
 from chatserve.engine.child import EngineChild
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.history import history_hash
+from chatserve.engine.pacing import Pacing
 from chatserve.engine.wire import ChannelClosed
 from chatserve.errors import BadRequest, Overloaded, ServiceError, Unavailable
 
@@ -41,12 +41,18 @@ class _Stream:
         self._wake = asyncio.Event()
 
     def put(self, item: Progress | ServiceError) -> None:
-        last = self._pending[-1] if self._pending else None
-        if isinstance(item, Tokens) and isinstance(last, Tokens):
-            last.token_ids.extend(item.token_ids)
-        else:
-            self._pending.append(item)
+        self._pending.append(item)
         self._wake.set()
+
+    def put_tokens(self, token_ids: list[int], pacing: Pacing) -> None:
+        self.generated += token_ids
+        last = self._pending[-1] if self._pending else None
+        if isinstance(last, Tokens):
+            last.token_ids.extend(token_ids)
+        else:
+            self._pending.append(Tokens(list(token_ids)))
+        if not self._wake.is_set():
+            pacing.wake(self, self._wake.set)
 
     async def take(self) -> list[Progress | ServiceError]:
         await self._wake.wait()
@@ -67,6 +73,7 @@ class EngineClient:
         self._child: EngineChild | None = None
         self._info: EngineInfo | None = None
         self._streams: dict[str, _Stream] = {}
+        self._pacing = Pacing()
         self._queries: dict[int, asyncio.Future[Any]] = {}
         self._query_ids = itertools.count(1)
         self._supervisor: asyncio.Task[None] | None = None
@@ -121,6 +128,7 @@ class EngineClient:
                     yield item
         finally:
             del self._streams[request.request_id]
+            self._pacing.forget(stream)
             if not ended:
                 self._post({"verb": "cancel", "request_id": request.request_id})
 
@@ -189,7 +197,7 @@ class EngineClient:
                 "token_ids": ids[num_sent_before:].tobytes(),
                 "num_generated": request.num_generated + len(stream.generated),
                 "max_output_tokens": request.max_output_tokens,
-                "sampling": asdict(request.sampling),
+                "sampling": request.sampling.as_map(),
                 "stop_token_ids": list(request.stop_token_ids),
                 "reuse": request.reuse,
             }
@@ -277,8 +285,7 @@ class EngineClient:
         elif kind == "started":
             self._started(stream, fields)
         elif kind == "tokens":
-            stream.generated += fields[0]
-            stream.put(Tokens(list(fields[0])))
+            stream.put_tokens(fields[0], self._pacing)
         elif kind == "refused":
             stream.put(_refusal(*fields))
         else:

@@ -85,6 +85,7 @@ class EngineCore:
         work = self._schedule()
         self._refuse_unservable()
         launched = self._runner.launch(work) if work else None
+        self._commit_rows(work)
         if self._runner.overlaps:
             launched, self._in_flight = self._in_flight, launched
         if launched:
@@ -113,18 +114,24 @@ class EngineCore:
 
     def _commit(self, step: Step) -> None:
         """Count what a step has done. What was computed for a request that has ended or was preempted since is dead."""
-        tokens = step.tokens()
+        sampled = iter(step.tokens())
         now = self._clock()
-        sampled = iter(tokens)
+        self._commit_rows(step.work)
         for item in step.work:
             token = next(sampled) if item.samples else None
-            if item.lease is item.request.lease:
-                self._commit_rows(item)
-                if token is not None:
-                    self._commit_token(item.request, token, now)
+            if token is not None and item.lease is item.request.lease:
+                self._commit_token(item.request, token, now)
 
-    def _commit_rows(self, item: Work) -> None:
-        item.lease.commit(item.request.token_ids[item.start : item.end])
+    def _commit_rows(self, work: list[Work]) -> None:
+        """Count the rows whose tokens are known, and share them: launched is as good as written.
+
+        Whatever reads, copies or overwrites them follows on the same stream.
+        """
+        for item in work:
+            lease = item.lease
+            known = min(item.end, len(item.request.token_ids))
+            if lease is item.request.lease and lease.kv_length < known:
+                lease.commit(item.request.token_ids[lease.kv_length : known])
 
     def _commit_token(self, request: Request, token: int, now: float) -> None:
         if request.started_s is None:

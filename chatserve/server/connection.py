@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.utils import ClientDisconnected
 
 from chatserve.errors import BadRequest, Overloaded, ServiceError, Unauthorized
 from chatserve.protocol import events
@@ -20,7 +21,7 @@ from chatserve.protocol.commands import Command, Hello
 from chatserve.server.closing import CloseCode, ClosingError, PeerGoneError
 from chatserve.server.dispatch import Dispatcher, internal_error
 from chatserve.server.following import Following
-from chatserve.server.outbox import Outbox
+from chatserve.server.outbox import Message, Outbox
 from chatserve.server.services import Services
 from chatserve.version import __version__
 
@@ -40,6 +41,7 @@ class Connection:
         *,
         encoding: Encoding,
         bearer: str | None,
+        send_all: Callable[[Sequence[Message]], Awaitable[None]],
         drop: Callable[[int, str], None],
     ) -> None:
         self.connection_id = "conn_" + secrets.token_hex(8)
@@ -47,6 +49,7 @@ class Connection:
         self._services = services
         self._encoding: Encoding = encoding
         self._bearer = bearer
+        self._send_all = send_all
         self._drop = drop
         self._timeouts = services.timeouts
         self._tenant: str | None = None
@@ -157,20 +160,16 @@ class Connection:
     async def _write(self) -> None:
         """Send what is queued, in order. A peer that takes nothing for `stuck_s` loses its connection."""
         while True:
-            message = await self._outbox.peek()
+            messages = await self._outbox.peek()
             try:
                 async with asyncio.timeout(self._timeouts.stuck_s):
-                    await self._transmit(message)
+                    await self._send_all(messages)
             except TimeoutError:
                 reason = f"nothing was read for {self._timeouts.stuck_s:g} s"
                 raise ClosingError(CloseCode.TRY_AGAIN_LATER, reason) from None
-            self._outbox.sent()
-
-    async def _transmit(self, message: bytes | str) -> None:
-        try:
-            await (self._socket.send_text(message) if isinstance(message, str) else self._socket.send_bytes(message))
-        except (WebSocketDisconnect, RuntimeError):  # uvicorn raises the latter once it closed on a protocol error
-            raise PeerGoneError from None
+            except ClientDisconnected:
+                raise PeerGoneError from None
+            self._outbox.sent(len(messages))
 
     async def _close(self, why: ClosingError | None) -> None:
         """Send the rest and the close frame; a peer that does not take them is cut off."""

@@ -38,16 +38,17 @@ class Outbox:
         if message not in self._messages:
             self._append(message)
 
-    async def peek(self) -> Message:
-        """The oldest message, once there is one; it counts as unsent until `sent` removes it."""
+    async def peek(self) -> list[Message]:
+        """All messages, once there is one; they count as unsent until `sent` removes them."""
         while not self._messages:
             self._filled.clear()
             await self._filled.wait()
-        return self._messages[0]
+        return list(self._messages)
 
-    def sent(self) -> None:
-        """The message that `peek` gave has left."""
-        self._unsent_bytes -= len(self._messages.popleft())
+    def sent(self, num_messages: int) -> None:
+        """The first messages that `peek` gave have left."""
+        for _ in range(num_messages):
+            self._unsent_bytes -= len(self._messages.popleft())
         self._drained.set()
 
     async def wait_empty(self) -> None:

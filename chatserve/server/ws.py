@@ -32,6 +32,7 @@ async def websocket_endpoint(socket: WebSocket) -> None:
         services,
         encoding=SUBPROTOCOLS[subprotocol],
         bearer=bearer_key(socket.headers.get("authorization")),
+        send_all=socket.state.send_all,
         drop=socket.state.drop,
     )
     await connection.run()

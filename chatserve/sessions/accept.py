@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pydantic_core import to_json
@@ -120,7 +120,7 @@ def _plan(
         num_history=prompt.num_history,
         miss_reason=_miss_reason(live, prompt),
         fills_window=params.max_output_tokens > room,
-        **{**asdict(params), "max_output_tokens": min(params.max_output_tokens, room)},
+        **{**params.as_map(), "max_output_tokens": min(params.max_output_tokens, room)},
     )
 
 

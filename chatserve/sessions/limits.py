@@ -10,9 +10,8 @@ class SessionLimits:
     """Defaults are the documented ones; times in seconds.
 
     The sampling fields stand in where neither the command nor the session gives a value; `temperature` 0 is greedy.
-    A delta is sent `delta_interval_s` after the one before it (later where many replies run, see `pace`), or sooner
-    with `delta_tokens` tokens waiting. While the store is away a turn holds back `turn_buffer_bytes` of text for
-    `turn_buffer_s`, then it ends.
+    A delta is sent `delta_interval_s` after the one before it, or sooner with `delta_tokens` tokens waiting. While the
+    store is away a turn holds back `turn_buffer_bytes` of text for `turn_buffer_s`, then it ends.
     """
 
     temperature: float = 0.0

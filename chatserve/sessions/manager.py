@@ -26,7 +26,6 @@ from chatserve.sessions.following import follow_session
 from chatserve.sessions.keeper import TurnKeeper
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.making import forked_session, new_session
-from chatserve.sessions.pace import Pace
 from chatserve.sessions.ports import Records, Store
 from chatserve.sessions.registry import SessionRegistry
 from chatserve.sessions.session import Change, Draft, LiveSession
@@ -83,7 +82,7 @@ class SessionManager:
         self._clock = clock
         self._tasks = TaskGroup()
         self._trimmer = LogTrimmer(store, limits)
-        self._tools = TurnTools(engine, text, store, limits, Pace())
+        self._tools = TurnTools(engine, text, store, limits)
         self._registry = SessionRegistry(store, limits, clock, self._loaded)
         self._keeper = TurnKeeper(self._tools, self._registry, self._tasks, self._finished)
 
@@ -243,7 +242,8 @@ class SessionManager:
     async def _create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
         async with self._registry.use(command.session_id, tenant) as live, live.lock:
             await live.settle()  # first: a turn that is answered as a duplicate must show in the session
-            earlier = await self._store.find_key(live.id, command.key)
+            # Without messages no command was accepted yet: a burst of new sessions need not ask.
+            earlier = await self._store.find_key(live.id, command.key) if live.messages else None
             if earlier is not None:
                 return _accepted_before(earlier, command)
             self._check_free(live)

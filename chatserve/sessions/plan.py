@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from chatserve.engine.api import GenerationRequest, SamplingParams
@@ -47,7 +47,7 @@ class TurnPlan:
 
     def as_map(self) -> dict[str, Any]:
         """Plain values for storing."""
-        return {**asdict(self), "stop": list(self.stop)}
+        return {**{name: getattr(self, name) for name in self.__slots__}, "stop": list(self.stop)}
 
     @classmethod
     def from_map(cls, stored: Mapping[str, Any]) -> TurnPlan:
@@ -93,6 +93,10 @@ class TurnParams:
     seed: int
     stop: tuple[str, ...]
     ignore_eos: bool
+
+    def as_map(self) -> dict[str, Any]:
+        """The settings by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def turn_params(command: ResponseCreate, session_params: Mapping[str, Any], limits: SessionLimits) -> TurnParams:

@@ -20,7 +20,6 @@ from chatserve.protocol import events
 from chatserve.sessions.accounting import Account
 from chatserve.sessions.ending import Outcome, Said, failure, last_events, message_of, response_of
 from chatserve.sessions.limits import SessionLimits
-from chatserve.sessions.pace import Pace
 from chatserve.sessions.plan import TurnPlan
 from chatserve.sessions.ports import Store
 from chatserve.sessions.recovery import CannotContinue, LoggedProgress, read_progress
@@ -43,7 +42,6 @@ class TurnTools:
     text: TextPipeline
     store: Store
     limits: SessionLimits
-    pace: Pace
 
 
 class Turn:
@@ -106,12 +104,11 @@ class Turn:
         await self._done.wait()
 
     def _new_writer(self) -> TurnWriter:
-        return TurnWriter(self._live, self.plan, self._tools.limits, self._tools.pace, self._end_unstored)
+        return TurnWriter(self._live, self.plan, self._tools.limits, self._end_unstored)
 
     async def _run(self) -> None:
         try:
-            with self._tools.pace.counted():
-                outcome = await self._outcome()
+            outcome = await self._outcome()
             await self._finish(outcome)
             self.finished = True
         except ServiceError as error:

@@ -1,8 +1,7 @@
 """Writes one response's events to the session in order, merging text into deltas.
 
-The first text goes at once, later text at most every few milliseconds, more of them the more replies run. While the
-store is away events wait here, up to a bound; then whoever makes the response is told, and what waits is written when
-the store is back.
+The first text goes at once, later text at most every few milliseconds. While the store is away events wait here, up to
+a bound; then whoever makes the response is told, and what waits is written when the store is back.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 from chatserve.protocol import events
 from chatserve.protocol.codec import to_wire
 from chatserve.sessions.limits import SessionLimits
-from chatserve.sessions.pace import Pace
 from chatserve.sessions.plan import TurnPlan
 from chatserve.sessions.session import Change, Draft, LiveSession
 from chatserve.storage.session_store import FenceLost, MessageRecord, StorageUnavailable
@@ -33,7 +31,6 @@ class TurnWriter:
         live: LiveSession,
         plan: TurnPlan,
         limits: SessionLimits,
-        pace: Pace,
         on_lost: Callable[[StorageUnavailable], None],
     ) -> None:
         self.num_sent = 0
@@ -41,7 +38,6 @@ class TurnWriter:
         self._response_id = plan.response_id
         self._message_id = plan.message_id
         self._limits = limits
-        self._pace = pace
         self._on_lost = on_lost
         self._drafts: list[Draft] = []
         self._said = ""
@@ -105,7 +101,7 @@ class TurnWriter:
 
     async def _wait_for_work(self) -> None:
         await self._filled.wait()
-        pause_s = self._last_write_s + self._pace.interval_s(self._limits.delta_interval_s) - _now_s()
+        pause_s = self._last_write_s + self._limits.delta_interval_s - _now_s()
         if pause_s > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):

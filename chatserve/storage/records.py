@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING_SESSIONS = 10_000
 RETRY_DELAY_S = 1.0
+GATHER_S = 0.1  # nobody decides by a record that quickly, and each write costs
 
 
 class RecordChanges(TypedDict, total=False):
@@ -76,6 +77,7 @@ class RedisSessionRecords:
     async def _flush(self) -> None:
         try:
             while self._waiting:
+                await asyncio.sleep(GATHER_S)
                 if not await self._send_waiting():
                     await asyncio.sleep(RETRY_DELAY_S)
         finally:

@@ -13,6 +13,7 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 from chatserve.server.services import Timeouts
 from chatserve.settings import load_settings
 from tests.server.conftest import Served, serving
+from tests.server.fakes import FakeEngine
 
 # One browser, and so one event loop, for all of this module: starting a browser costs more than most tests here.
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
@@ -34,7 +35,7 @@ async def browser() -> AsyncIterator[Browser]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def served() -> AsyncIterator[Served]:
     """A server with default settings and no keys, in the browser's loop."""
-    async with serving(load_settings(), Timeouts()) as served:
+    async with serving(load_settings(), Timeouts(), FakeEngine()) as served:
         yield served
 
 
@@ -151,7 +152,7 @@ async def test_server_away(served, open_page):
 @pytest_asyncio.fixture(loop_scope="module")
 async def served_with_key() -> AsyncIterator[Served]:
     """A server that wants a key."""
-    async with serving(load_settings({"api_keys": ("alice=alices-key",)}), Timeouts()) as served:
+    async with serving(load_settings({"api_keys": ("alice=alices-key",)}), Timeouts(), FakeEngine()) as served:
         yield served
 
 

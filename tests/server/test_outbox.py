@@ -12,10 +12,10 @@ async def test_put_waits_while_full():
     waiting = asyncio.create_task(outbox.put(b"abc"))
     await asyncio.sleep(0)
     assert not waiting.done()
-    assert await outbox.peek() == b"12345678"
-    outbox.sent()
+    assert await outbox.peek() == [b"12345678"]
+    outbox.sent(1)
     await asyncio.wait_for(waiting, 1)
-    assert await outbox.peek() == b"abc"
+    assert await outbox.peek() == [b"abc"]
     assert outbox.unsent_bytes == 3
 
 
@@ -23,7 +23,7 @@ async def test_put_passes_oversized_message_alone():
     """A message larger than the bound is taken once nothing else is waiting."""
     outbox = Outbox(max_bytes=10)
     await asyncio.wait_for(outbox.put(b"x" * 100), 1)
-    assert await outbox.peek() == b"x" * 100
+    assert await outbox.peek() == [b"x" * 100]
 
 
 async def test_notice_passes_a_full_outbox_once():
@@ -32,9 +32,10 @@ async def test_notice_passes_a_full_outbox_once():
     await outbox.put(b"full")
     outbox.put_notice(b"list changed")
     outbox.put_notice(b"list changed")
-    outbox.sent()
-    assert await outbox.peek() == b"list changed"
-    outbox.sent()
+    assert await outbox.peek() == [b"full", b"list changed"]
+    outbox.sent(1)
+    assert await outbox.peek() == [b"list changed"]
+    outbox.sent(1)
     await asyncio.wait_for(outbox.wait_empty(), 1)
 
 
@@ -46,5 +47,5 @@ async def test_wait_empty_waits_for_the_last_send():
     await outbox.peek()
     await asyncio.sleep(0)
     assert not waiting.done()
-    outbox.sent()
+    outbox.sent(1)
     await asyncio.wait_for(waiting, 1)
