@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from chatserve.engine.api import FinishReason, SamplingParams
@@ -122,7 +122,7 @@ class EngineCore:
             if token is not None and item.lease is item.request.lease:
                 self._commit_token(item.request, token, now)
 
-    def _commit_rows(self, work: list[Work]) -> None:
+    def _commit_rows(self, work: Sequence[Work]) -> None:
         """Count the rows whose tokens are known, and share them: launched is as good as written.
 
         Whatever reads, copies or overwrites them follows on the same stream.

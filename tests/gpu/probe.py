@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from chatserve.engine.build import build
 from chatserve.engine.config import EngineConfig
+from chatserve.engine.runner import TorchRunner
 from tests.engine.fakes import run_until_idle, submit, tokens_of
 
 TOLERANCE = 2e-2  # relative L2 distance of two bf16 computations
@@ -33,14 +34,37 @@ class ProbedEngine:
         self.core, self.info = build(EngineConfig(model=str(directory), device="cuda", **fields))
         self.logits: dict[str, dict[int, torch.Tensor]] = {}
         runner: Any = self.core._runner
+        if isinstance(runner, TorchRunner):
+            self._record_launches(runner)
+        else:
+            self._record_draws(runner)
+
+    def _record_draws(self, runner: Any) -> None:
         draw = runner._draw
 
         def recording_draw(sampling: Sequence[Any], rows: list[int], logits: torch.Tensor) -> None:
-            for item, row in zip(sampling, rows, strict=True):
-                self.logits.setdefault(item.request.request_id, {})[item.end] = logits[row].clone()
+            self._record(sampling, [logits[row].clone() for row in rows])
             draw(sampling, rows, logits)
 
         runner._draw = recording_draw
+
+    def _record_launches(self, runner: Any) -> None:
+        decoder, launch, computed = runner._decoder, runner.launch, []
+
+        def recording_launch(work: Sequence[Any]) -> Any:
+            step = launch(work)
+            self._record([item for item in work if item.samples], computed.pop())
+            return step
+
+        def recording_decoder(*arguments: Any) -> torch.Tensor:
+            computed.append(decoder(*arguments))
+            return computed[-1]
+
+        runner._decoder, runner.launch = recording_decoder, recording_launch
+
+    def _record(self, sampling: Sequence[Any], logits: Iterable[torch.Tensor]) -> None:
+        for item, row in zip(sampling, logits, strict=True):
+            self.logits.setdefault(item.request.request_id, {})[item.end] = row.float()
 
     def reply(self, request_id: str, session_id: str, token_ids: Sequence[int], num_tokens: int, **fields: Any) -> Any:
         """Run one request alone; its generated ids."""
