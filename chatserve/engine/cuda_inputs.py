@@ -15,7 +15,8 @@ from torch import Tensor
 ALIGNMENT = 4  # int32 numbers: every array starts at 16 bytes
 GRAPH_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 LARGE_GRAPH_STEP = 64
-PREFILL_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
+CAPTURED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
+LARGE_SIZE_SHARE = 8  # larger steps are padded by less than one part in so many, or less than 128 tokens
 
 
 class StepInputs:
@@ -51,6 +52,26 @@ class StepInputs:
     def on_device(self, name: str, count: int) -> Tensor:
         """The first `count` numbers of an array, int32."""
         return self._places[name][:count]
+
+
+def step_sizes(max_step_tokens: int) -> list[int]:
+    """The sizes that steps with prefill are padded to, `max_step_tokens` the last; captured up to the largest of those.
+
+    cuBLAS takes up to 30 ms to prepare for a number of rows that it has not seen, so all of them are tried beforehand.
+    """
+    sizes = [size for size in CAPTURED_SIZES if size < max_step_tokens]
+    while (size := _next_large_size(sizes[-1] if sizes else 0)) < max_step_tokens:
+        sizes.append(size)
+    return [*sizes, max_step_tokens]
+
+
+def _next_large_size(size: int) -> int:
+    return size + max(128, 1 << (size // LARGE_SIZE_SHARE).bit_length() - 1 if size >= LARGE_SIZE_SHARE else 0)
+
+
+def padded(count: int, sizes: Sequence[int]) -> int:
+    """The first of ascending `sizes` that is not below `count`."""
+    return next(size for size in sizes if size >= count)
 
 
 def graph_batches(max_running: int) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chatserve.engine.cuda_inputs import PREFILL_SIZES, StepInputs, graph_batches
+from chatserve.engine.cuda_inputs import CAPTURED_SIZES, StepInputs, graph_batches, padded, step_sizes
 from chatserve.engine.cuda_sampler import draw
 from chatserve.engine.layer_graphs import LayerGraphs
 from chatserve.engine.scheduler import Work
@@ -98,8 +98,9 @@ class CudaRunner:
         max_context: int,
     ) -> None:
         device, config = arena.device, decoder.config
-        batches = graph_batches(max_running)
-        max_rows = batches[-1]
+        self._batches = graph_batches(max_running)
+        self._sizes = step_sizes(max_step_tokens)
+        max_rows = self._batches[-1]
         self._decoder = decoder
         self._num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._flash = FlashKernels(arena, config.num_heads)
@@ -116,9 +117,9 @@ class CudaRunner:
         self._host_tokens = [torch.zeros(max_rows, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._decode = DecodeKernel(self._flash, self._block_indices)
         self._copied = torch.cuda.Event()
-        self._warm_prefill(max_step_tokens, warm_lease)
-        self._graphs = self._capture_all(batches, warm_lease.base_token)
-        self._layer_graphs = self._capture_layers([size for size in PREFILL_SIZES if size <= max_step_tokens])
+        self._warm_prefill(warm_lease)
+        self._graphs = self._capture_all(self._batches, warm_lease.base_token)
+        self._layer_graphs = self._capture_layers([size for size in self._sizes if size <= CAPTURED_SIZES[-1]])
 
     @property
     def attention_name(self) -> str:
@@ -177,17 +178,19 @@ class CudaRunner:
         num_tokens = int(ends[-1])
         graphs = next((graphs for graphs in self._layer_graphs if graphs.num_tokens >= num_tokens), None)
         counts = TokenCounts(len(batch.decodes), *(sum(i.num_tokens for i in g) for g in (batch.paged, batch.ragged)))
-        self._put_tokens(ordered, padded_to=graphs.num_tokens if graphs else 0)
-        self._put_slots(sampling)
-        self._inputs.put("logit_rows", [int(end) - 1 for item, end in zip(ordered, ends, strict=True) if item.samples])
+        num_padded, num_rows = padded(num_tokens, self._sizes), padded(len(sampling), [0, *self._batches])
+        last_rows = [int(end) - 1 for item, end in zip(ordered, ends, strict=True) if item.samples]
+        self._put_tokens(ordered, padded_to=num_padded)
+        self._put_slots(sampling, padded_to=num_rows)
+        self._inputs.put("logit_rows", last_rows, padded_to=num_rows)
         self._plan_decodes(self._decode, batch.decodes, len(batch.decodes))
         self._plan_prefills(batch)
         self._copied.record()
-        step = self._step(self._decode, counts, num_tokens)
-        hidden, output = graphs.run(step, num_tokens) if graphs else self._run_kernels(step, num_tokens)
+        step = self._step(self._decode, counts, num_padded)
+        hidden, output = graphs.run(step, num_tokens) if graphs else self._run_kernels(step, num_padded)
         if not sampling:
             return None
-        logits = self._decoder.head(hidden, output, self._inputs.on_device("logit_rows", len(sampling)))
+        logits = self._decoder.head(hidden, output, self._inputs.on_device("logit_rows", num_rows))
         self._choose_greedily(logits)
         return logits
 
@@ -262,11 +265,10 @@ class CudaRunner:
         arrived.record()
         return StepInFlight(ordered, rows, host_tokens, arrived)
 
-    def _warm_prefill(self, max_step_tokens: int, lease: Lease) -> None:
-        """Load every kernel of a prefill before someone waits for it; nothing is stored."""
+    def _warm_prefill(self, lease: Lease) -> None:
+        """Load and tune every kernel of a large step before someone waits for it; nothing is stored."""
         length, base = lease.capacity_tokens, lease.base_token
-        sizes = sorted({min(length, max_step_tokens), max_step_tokens // length * length or max_step_tokens})
-        for num_tokens in sizes:
+        for num_tokens in sorted({self._sizes[-1], *(size for size in self._sizes if size > CAPTURED_SIZES[-1])}):
             spans = [Span(at, min(length, num_tokens - at), base, length) for at in range(0, num_tokens, length)]
             self._flash.plan_paged(spans, _blocks(spans).to(self._block_indices.device))
             self._warm(TokenCounts(0, paged=num_tokens))

@@ -88,4 +88,4 @@ class CudaStep:
         if counts.paged:
             self._flash.run_paged(layer, q[counts.decode : end], out[counts.decode : end])
         if counts.ragged:
-            self._flash.run_ragged(layer, q[end:], out[end:])
+            self._flash.run_ragged(layer, q[end : end + counts.ragged], out[end : end + counts.ragged])
