@@ -18,6 +18,8 @@ IMPORTERS = {
     "starlette": ("chatserve/server/",),
     "uvicorn": ("chatserve/server/",),
     "websockets": ("chatserve/client/", "chatserve/server/"),
+    "cuda": ("kvstore/driver.py", "chatserve/model/nvrtc.py"),
+    "flashinfer": ("chatserve/model/flash.py",),
     "torch": ("kvstore/", "chatserve/model/", "chatserve/engine/", "chatserve/bundled/"),
     "rich": ("chatserve/cli/", "chatserve/server/console.py"),
 }
