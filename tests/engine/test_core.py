@@ -212,7 +212,7 @@ def test_evicted_session_is_recomputed():
     assert tokens_of(events) == expected_reply(ids, 8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_random_load_under_pressure(data):
     """Any mix of turns, branches and cancels in little memory ends, each reply right and the store whole."""
