@@ -147,6 +147,16 @@ class ServeSettings(BaseSettings):
         Option("Model", "BYTES", default="on a CPU a quarter of the memory, at most 4G; 90 % of what a GPU has free"),
     ] = Field(None, ge=MIN_KV_BYTES, description="Memory for attention history, such as 4G.")
 
+    kv_host_memory: Annotated[Size | None, Option("Model", "BYTES", default="256M on a CPU, 0 on a GPU")] = Field(
+        None, ge=0, description="Main memory for histories that left the device; what goes to disk passes through it."
+    )
+    kv_disk_space: Annotated[Size | None, Option("Model", "BYTES", default="4G on a CPU, 0 on a GPU")] = Field(
+        None, ge=0, description="Disk space for histories, which are found there again after a restart; 0 for none."
+    )
+    kv_disk_path: Annotated[Path | None, Option("Model", "DIR", default="kv in the data directory")] = Field(
+        None, description="Directory for these histories; one server at a time."
+    )
+
     max_message_bytes: Annotated[Size, Option("Limits", "BYTES")] = Field(
         1 << 20, ge=1 << 10, le=64 << 20, description="Largest message or request body taken from a client."
     )

@@ -21,7 +21,8 @@ def check_holders(residency: Residency) -> None:
     ensure(pool.count(indexed, PageState.INDEXED) == len(indexed), "a page is in the index but not marked so")
     ensure(len(indexed) == pool.counts.indexed, "a page is marked indexed but not in the index")
     leased = [session.tensor.pages.view for session in residency.sessions.values() if session.lease is not None]
-    pool.check_holders(np.concatenate([indexed, *leased]))
+    moving = residency.tiers.held_pages() if residency.tiers else []
+    pool.check_holders(np.concatenate([indexed, *leased, *moving]))
     for session in residency.sessions.values():
         _check_session(session, residency)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
+
 from kvstore.arrays import PageArray, TokenArray, as_page_array, common_prefix
 from kvstore.errors import MemoryRefused, OutOfPages
 from kvstore.node import Tail
 from kvstore.pool import PageState
 from kvstore.residency import Residency
-from kvstore.results import NO_PAGES, Boundary, Match
+from kvstore.results import NO_PAGES, Boundary, Insertion, Match
 from kvstore.session import Session
+from kvstore.tiers import Tiers
 
 
 class Keeper:
@@ -27,6 +30,14 @@ class Keeper:
         self._layout = residency.layout
         self._pool = residency.pool
         self._index = residency.index
+        self.tiers: Tiers | None = None
+
+    def adopt(self, salt: bytes, tokens: TokenArray, before: PageArray, pages: PageArray) -> None:
+        """Index the complete pages of a path that came from another tier, behind those before them."""
+        insertion = self._index.insert(salt, tokens, np.concatenate((before, pages)))
+        self._pool.publish(insertion.pages[insertion.num_known :])
+        self._drop(insertion.dropped)
+        self._tell_tiers(salt, tokens, insertion)
 
     def restore(self, session: Session, tokens: TokenArray) -> None:
         """Give an unleased session the rows of the longest prefix of `tokens` there is, and pin them.
@@ -139,12 +150,17 @@ class Keeper:
         self._adopt(session, self._index.lookup(session.salt, tokens))
         insertion = self._index.insert(session.salt, tokens, session.tensor.pages.view[:num_pages])
         self._index.attach(session.resident, insertion.node, num_pages)
+        self._tell_tiers(session.salt, tokens, insertion)
         taken, dropped = insertion.pages[insertion.num_known :], insertion.dropped
         if dropped is not None and dropped.page in taken:  # the session's own tail has become a complete page
             self._pool.publish(taken[taken != dropped.page])
             return
         self._pool.publish(taken)
         self._drop(dropped)
+
+    def _tell_tiers(self, salt: bytes, tokens: TokenArray, insertion: Insertion) -> None:
+        if self.tiers is not None:
+            self.tiers.indexed(salt, tokens, insertion.pages, insertion.num_known)
 
     def _adopt(self, session: Session, known: PageArray) -> None:
         """Where someone else's page with the same rows is indexed already, map that one and free our own."""

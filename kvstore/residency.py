@@ -18,6 +18,7 @@ from kvstore.pool import PagePool
 from kvstore.radix import RadixIndex
 from kvstore.session import Session
 from kvstore.tensor import VirtualTensor
+from kvstore.tiers import Tiers
 
 P = ParamSpec("P")
 
@@ -41,6 +42,7 @@ class Residency:
         self.index = index
         self.sessions: dict[str, Session] = {}
         self.idle: dict[str, Session] = {}  # least recently used first
+        self.tiers: Tiers | None = None
         self.evicted_pages = 0
         self.evicted_tokens = 0
         self.max_ranges = max_ranges
@@ -104,7 +106,10 @@ class Residency:
         eviction = self.index.evict(num_pages, lambda page: self.pool.refs(page) > 1)
         for resident in eviction.residents:
             self.cut(self.sessions[resident.session_id], resident.num_pages)
-        self.pool.withdraw(as_page_array(eviction.pages))
+        pages = as_page_array(eviction.pages)
+        if self.tiers is not None:
+            self.tiers.forget(pages)
+        self.pool.withdraw(pages)
         self.evicted_pages += len(eviction.pages)
         self.evicted_tokens += eviction.num_tokens
         return len(eviction.pages)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from kvstore.arrays import TokenArray, as_page_array, as_token_array
 from kvstore.errors import LeaseHeld, OutOfPages
 from kvstore.eviction import EvictionPolicy
+from kvstore.host import HostTier
 from kvstore.integrity import check_frontier, check_holders
 from kvstore.keeper import Keeper
+from kvstore.keys import PageKeys
 from kvstore.layout import KVLayout
 from kvstore.memory import VirtualMemory
 from kvstore.pool import PagePool
@@ -21,6 +23,7 @@ from kvstore.radix import RadixIndex
 from kvstore.residency import Residency
 from kvstore.session import Lease, Session
 from kvstore.stats import KVStats
+from kvstore.tiers import Below, Promotion, Tiers
 
 DEFAULT_FLOOR_BYTES = 32 << 20
 MAX_ARENA_TOKENS = 2**31 - 1
@@ -33,6 +36,7 @@ class KVStore:
     that kernels may read past its end (see `Lease.guard`). The least recently used idle session makes room for a new
     one; its pages stay in the index. Without `prefix_sharing` a session finds only its own rows. `shrink` keeps
     `floor_bytes`.
+    With `below`, evicted histories come back from host memory and disk: see `tend`, `promote` and `flush`.
     Raises ValueError when the budget does not hold one token, or the arena would pass 2**31 - 1 tokens.
     """
 
@@ -50,6 +54,7 @@ class KVStore:
         policy: EvictionPolicy | None = None,
         tile_tokens: int = 0,
         floor_bytes: int = DEFAULT_FLOOR_BYTES,
+        below: Below | None = None,
     ) -> None:
         range_bytes = layout.range_bytes(max_tokens, tile_tokens)
         _check_sizes(layout, memory, max_tokens, max_ranges * range_bytes)
@@ -66,6 +71,8 @@ class KVStore:
         )  # fmt: skip
         self._keeper = Keeper(self._residency, self.max_session_tokens, tile_tokens)
         self.prefix_sharing = prefix_sharing
+        self.tiers = self._make_tiers(below, fingerprint) if below else None
+        self._residency.tiers = self._keeper.tiers = self.tiers
         memory.reserve(max_ranges * range_bytes)
         rows = memory.view(0, max_ranges * range_bytes).view(layout.dtype)
         self.arena = rows.view(-1, layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
@@ -101,7 +108,32 @@ class KVStore:
             return
         self._residency.close(session)
         if not self.prefix_sharing:
-            self._pool.withdraw(as_page_array(self._index.drop(session.salt)))
+            pages = as_page_array(self._index.drop(session.salt))
+            if self.tiers is not None:
+                self.tiers.forget(pages)
+            self._pool.withdraw(pages)
+
+    def promote(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> Promotion | None:
+        """Begin to bring back what tiers below have of a history; None where that is nothing. `end_promotion` it."""
+        if self.tiers is None:
+            return None
+        return self.tiers.promote(self._namespace(session_id, salt), as_token_array(token_ids))
+
+    def end_promotion(self, promotion: Promotion) -> None:
+        """The history is leased, or nobody waits for it any more: what was brought back may be evicted again."""
+        if self.tiers is not None:
+            self.tiers.end(promotion)
+
+    def tend(self, *, idle: bool = False) -> bool:
+        """Take care of what moves between tiers, once a step; whether anything is on its way. `idle`: nothing runs."""
+        if self.tiers is None:
+            return False
+        self.tiers.tend(idle=idle)
+        return self.tiers.is_moving
+
+    def flush(self, deadline_s: float) -> bool:
+        """Copy all histories down, until `time.monotonic()` passes the deadline; whether all are there."""
+        return self.tiers is None or self.tiers.flush(deadline_s)
 
     def sessions(self) -> list[str]:
         """Sessions that have rows mapped or are leased."""
@@ -148,10 +180,26 @@ class KVStore:
         self._index.check_integrity()
         self._residency.check_integrity()
         check_holders(self._residency)
+        if self.tiers is not None:
+            self.tiers.host.check_integrity()
 
     def close(self) -> None:
         """Give everything back; the arena and leases must not be touched afterwards."""
+        if self.tiers is not None:
+            self.tiers.close()
         self._memory.close()
+
+    def _make_tiers(self, below: Below, fingerprint: bytes) -> Tiers:
+        """Raises ValueError for host memory of less than one page."""
+        keys = PageKeys(self.layout, fingerprint)
+        host = HostTier(below.host_bytes, self.layout.page_bytes, below.make_buffer)
+        if not host.num_slots:
+            raise ValueError(f"host_bytes={below.host_bytes}: must hold a page of {self.layout.page_bytes} bytes")
+        return Tiers(
+            self.layout, self._pool, keys, host, below.transfers,
+            below.open_disk(keys.fingerprint, self.layout.page_bytes) if below.open_disk else None,
+            insert=self._keeper.adopt, lookup=self._index.lookup, allocate=self._residency.allocate,
+        )  # fmt: skip
 
     def _unleased(self, session_id: str) -> Session | None:
         session = self._residency.sessions.get(session_id)

@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": ("chatserve.cli.serve", "serve a model to browsers and programs"),
     "chat": ("chatserve.cli.chat", "talk with a running server in this terminal"),
     "sessions": ("chatserve.cli.sessions", "list, show or delete the sessions of a running server"),
+    "cache": ("chatserve.cli.cache", "measure, verify or compact a page cache on disk that no server has open"),
     "doctor": ("chatserve.cli.doctor", "say what this machine has, and test whether a server would work on it"),
 }
 

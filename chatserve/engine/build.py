@@ -7,16 +7,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from chatserve.engine.api import EngineInfo
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.core import EngineCore
-from chatserve.engine.defaults import default_limits, host_kv_bytes
+from chatserve.engine.defaults import default_limits, host_kv_bytes, tier_bytes
 from chatserve.engine.runner import Runner, TorchRunner
 from chatserve.errors import StartupError
 from chatserve.model.attention import CpuAttention
@@ -24,9 +27,14 @@ from chatserve.model.config import ModelConfig, model_config
 from chatserve.model.decoder import Decoder
 from chatserve.model.weights import config_fingerprint, load_decoder, random_decoder, weights_fingerprint
 from chatserve.pretrained import Pretrained, load_pretrained
-from kvstore import KVLayout, KVStore, PosixMemory, VirtualMemory, default_page_bytes
+from kvstore import KVError, KVLayout, KVStore, PosixMemory, VirtualMemory, default_page_bytes
+from kvstore.disk import DiskTier
+from kvstore.host import Buffer
+from kvstore.tiers import Below
+from kvstore.transfer import FileTransfers, Transfers
 
 MAX_RANGES = 2048
+MIN_HOST_PAGES = 16
 MAX_ARENA_TOKENS = 2**31 - 1
 MAX_ARENA_BYTES = 2**45
 logger = logging.getLogger(__name__)
@@ -64,6 +72,10 @@ class Backend(Protocol):
 
     def memory(self, page_bytes: int) -> VirtualMemory: ...
 
+    def transfers(self, memory: VirtualMemory) -> Transfers:
+        """Copies between that memory and the host's. Raises StartupError where there are none for this device."""
+        ...
+
     def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> Runner: ...
 
 
@@ -90,6 +102,11 @@ class CpuBackend:
     def memory(self, page_bytes: int) -> PosixMemory:
         """See `Backend.memory`."""
         return PosixMemory(page_bytes)
+
+    def transfers(self, memory: VirtualMemory) -> Transfers:
+        """See `Backend.transfers`."""
+        assert isinstance(memory, PosixMemory)
+        return FileTransfers(memory.file, memory.page_bytes)
 
     def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> TorchRunner:
         """See `Backend.runner`."""
@@ -200,9 +217,11 @@ def _store(
 ) -> KVStore:
     range_bytes = layout.range_bytes(limits.max_context, backend.tile_tokens)
     max_ranges = min(MAX_RANGES, MAX_ARENA_BYTES // range_bytes, MAX_ARENA_TOKENS * layout.token_bytes // range_bytes)
+    memory = backend.memory(layout.page_bytes)
     return KVStore(
         layout,
-        backend.memory(layout.page_bytes),
+        memory,
+        below=_below(config, layout, memory, backend),
         budget_bytes=kv_bytes,
         max_tokens=limits.max_context,
         max_ranges=max_ranges,
@@ -210,6 +229,34 @@ def _store(
         prefix_sharing=config.prefix_sharing,
         tile_tokens=backend.tile_tokens,
     )
+
+
+def _below(config: EngineConfig, layout: KVLayout, memory: VirtualMemory, backend: Backend) -> Below | None:
+    """The tiers below the device; raises StartupError where they cannot be as the operator wants them."""
+    by_default = tier_bytes(backend.device.type)
+    host_bytes = by_default[0] if config.kv_host_bytes is None else config.kv_host_bytes
+    disk_bytes = by_default[1] if config.kv_disk_bytes is None else config.kv_disk_bytes
+    if not (host_bytes or disk_bytes):
+        return None
+    least = MIN_HOST_PAGES * layout.page_bytes
+    if host_bytes < least:
+        raise StartupError(
+            f"--kv-host-memory {host_bytes} is too little: copies pass through it, also to disk; "
+            f"give at least {least} bytes, or 0 with --kv-disk-space 0"
+        )
+    open_disk = partial(_open_disk, Path(config.kv_disk_path), disk_bytes) if disk_bytes else None
+    return Below(host_bytes, partial(_make_buffer, layout.page_bytes), backend.transfers(memory), open_disk)
+
+
+def _make_buffer(num_bytes: int) -> Buffer:
+    return np.empty(num_bytes, np.uint8)
+
+
+def _open_disk(directory: Path, budget_bytes: int, fingerprint: bytes, page_bytes: int) -> DiskTier:
+    try:
+        return DiskTier(directory, budget_bytes=budget_bytes, fingerprint=fingerprint, page_bytes=page_bytes)
+    except (KVError, ValueError) as error:
+        raise StartupError(f"--kv-disk-path, --kv-disk-space: {error}") from error
 
 
 def _dtype(config: EngineConfig, backend: Backend) -> torch.dtype:

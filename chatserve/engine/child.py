@@ -15,7 +15,7 @@ from chatserve.engine.config import EngineConfig
 from chatserve.engine.wire import AsyncChannel, ChannelClosed
 from chatserve.errors import StartupError
 
-CLOSE_TIMEOUT_S = 3.0
+CLOSE_TIMEOUT_S = 18.0  # the engine saves histories at its end
 
 
 class EngineChild:

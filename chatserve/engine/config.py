@@ -17,6 +17,7 @@ class EngineConfig:
 
     `kv_device_bytes` bounds the physical KV memory; `max_context` (tokens, prompt and reply) defaults to the model's;
     `max_step_tokens` bounds one step's prefill and decode together; `page_bytes` 0 derives it from the budget;
+    `kv_host_bytes` and `kv_disk_bytes` below it are off with 0, the latter lies in the directory `kv_disk_path`;
     `num_threads` 0 leaves torch's default. `load_format` "dummy" fills the model with random weights.
     `prefix_sharing` off exists for comparisons.
     """
@@ -26,6 +27,9 @@ class EngineConfig:
     dtype: str = "auto"
     load_format: LoadFormat = "auto"
     kv_device_bytes: int | None = None
+    kv_host_bytes: int | None = 0
+    kv_disk_bytes: int | None = 0
+    kv_disk_path: str = ""
     max_context: int | None = None
     max_step_tokens: int | None = None
     max_running: int | None = None

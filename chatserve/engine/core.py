@@ -64,6 +64,11 @@ class EngineCore:
         """Nothing waits, runs or is in flight."""
         return not self._requests and self._in_flight is None
 
+    @property
+    def is_waiting(self) -> bool:
+        """Nothing can be computed until something that moves between tiers has arrived."""
+        return self._in_flight is None and not self._scheduler.running and not self.idle
+
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
         events, self._events = self._events, []
@@ -82,6 +87,7 @@ class EngineCore:
     def step(self) -> None:
         """Schedule, run, commit: what was launched in this step, or the step before if the runner works beside us."""
         self._finish_cancelled(self._scheduler.waiting)
+        self.store.tend()
         work = self._schedule()
         self._refuse_unservable()
         launched = self._runner.launch(work) if work else None
@@ -92,12 +98,22 @@ class EngineCore:
             self._commit(launched)
         self._finish_cancelled(self._scheduler.running)  # with what was in flight for them counted
 
+    def offload(self) -> bool:
+        """Nothing is to be computed: copy histories to the tiers below. Whether there is more of that to do soon."""
+        return self.store.tend(idle=True)
+
     def rest(self) -> None:
         """Give memory back that nobody needs now. For idle moments; what the system refuses is tried again later."""
         try:
             self.store.shrink()
         except MemoryRefused as refusal:
             logger.warning("idle memory is not given back now: %s", refusal)
+
+    def close(self, timeout_s: float) -> None:
+        """End: copy all histories to where they survive, as far as the time allows, and give everything back."""
+        if not self.store.flush(time.monotonic() + timeout_s):
+            logger.warning("not all histories could be saved in %.0f s; the rest will be computed again", timeout_s)
+        self.store.close()
 
     def _schedule(self) -> list[Work]:
         """The step's work, its rows mapped; requests that the system refuses mappings for give way."""
@@ -253,10 +269,12 @@ class EngineCore:
 def _started_event(request: Request, miss_reason: str | None) -> Event:
     assert request.admitted_s is not None
     assert request.started_s is not None
-    queue_ms = (request.admitted_s - request.arrived_s) * 1000
+    restore_ms = request.restored_s * 1000
+    queue_ms = max(0.0, (request.admitted_s - request.arrived_s) * 1000 - restore_ms)
     prefill_ms = (request.started_s - request.admitted_s) * 1000
-    cached = {"device": request.num_cached_tokens}
-    return ["started", request.request_id, cached, queue_ms, 0.0, prefill_ms, miss_reason]
+    restored = {tier: count for tier, count in request.num_restored.items() if count}
+    cached = {"device": request.num_cached_tokens - sum(restored.values()), **restored}
+    return ["started", request.request_id, cached, queue_ms, restore_ms, prefill_ms, miss_reason]
 
 
 def _tokens_event(request: Request, token: int) -> Event:

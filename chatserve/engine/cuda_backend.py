@@ -11,13 +11,15 @@ import torch
 from chatserve.engine.build import Limits
 from chatserve.engine.defaults import gpu_kv_bytes
 from chatserve.engine.runner import Runner, TorchRunner
+from chatserve.errors import StartupError
 from chatserve.model.attention import SdpaAttention
 from chatserve.model.config import ModelConfig
 from chatserve.model.decoder import Decoder
 from chatserve.model.spans import TILE_TOKENS
-from kvstore import KVLayout, KVStore
+from kvstore import KVLayout, KVStore, VirtualMemory
 from kvstore.cuda import CudaMemory
 from kvstore.driver import CudaDriver
+from kvstore.transfer import Transfers
 
 GRANULARITY_BYTES = 2 << 20  # of CUDA's virtual memory on every GPU known
 MAX_PAGE_TOKENS = 64
@@ -80,6 +82,10 @@ class CudaBackend:
             device=self.device.index,
             spare_pages=SPARE_BYTES // page_bytes,
         )
+
+    def transfers(self, memory: VirtualMemory) -> Transfers:
+        """See `Backend.transfers`."""
+        raise StartupError("--kv-host-memory and --kv-disk-space work on the CPU only so far; leave them 0 on a GPU")
 
     def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> Runner:
         """FlashInfer's kernels where they can be used, else torch's, which are slower; the name says why."""

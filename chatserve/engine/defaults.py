@@ -11,6 +11,8 @@ from pathlib import Path
 
 MAX_HOST_KV_BYTES = 4 << 30
 GPU_KV_PERCENT = 90
+CPU_HOST_BYTES = 256 << 20  # copies on their way to disk; the device tier is main memory already
+CPU_DISK_BYTES = 4 << 30
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -38,6 +40,11 @@ def host_kv_bytes() -> int:
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     allowed = min(total, int(limit)) if limit.isdigit() else total
     return min(allowed // 4, MAX_HOST_KV_BYTES)
+
+
+def tier_bytes(device: str) -> tuple[int, int]:
+    """Host memory and disk space for histories below a device of this type."""
+    return (CPU_HOST_BYTES, CPU_DISK_BYTES) if device == "cpu" else (0, 0)
 
 
 def gpu_kv_bytes(free_bytes: int) -> int:

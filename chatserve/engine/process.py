@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 from chatserve.engine.api import EngineInfo
 from chatserve.engine.build import build
@@ -22,6 +23,8 @@ from chatserve.engine.wire import ChannelClosed, SyncChannel
 from chatserve.errors import StartupError
 
 IDLE_SHRINK_S = 5.0
+MOVING_S = 0.002  # how long to wait for messages while something moves between tiers
+FLUSH_S = 15.0  # at the end, for histories to be saved
 PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)
 
@@ -37,9 +40,17 @@ def main() -> None:
         if core is not None:
             gc.collect()
             gc.freeze()  # what was loaded stays: the collector need not look at it in mid-step
-            serve(channel, core)
+            serve_to_the_end(channel, core)
     except ChannelClosed:
-        logger.info("front end closed its socket; the engine ends")
+        logger.info("the front end closed its socket before the engine was ready")
+
+
+def serve_to_the_end(channel: SyncChannel, core: EngineCore) -> None:
+    """Serve until the front end has gone, then save the histories."""
+    with suppress(ChannelClosed):
+        serve(channel, core)
+    logger.info("the front end closed its socket; the engine ends")
+    core.close(FLUSH_S)
 
 
 def die_with_parent() -> None:
@@ -52,15 +63,26 @@ def die_with_parent() -> None:
 
 def serve(channel: SyncChannel, core: EngineCore) -> None:
     """Commands in, one step, one message out, for ever; raises ChannelClosed at the end."""
+    is_moving = False
     while True:
-        frames = channel.receive(IDLE_SHRINK_S if core.idle else 0)
+        frames = channel.receive(_patience_s(core, is_moving))
         for command in (command for frame in frames for command in frame):
             core.handle(command)
-        if core.idle and not frames:
-            core.rest()
-        else:
+        if frames or not core.idle:
+            is_moving = True  # what was computed may go down as soon as there is nothing else to do
             core.step()
             channel.send(core.take_events())
+        elif is_moving:
+            is_moving = core.offload()
+        else:
+            core.rest()
+
+
+def _patience_s(core: EngineCore, is_moving: bool) -> float:
+    """How long the next message may take to come before there is something else to do."""
+    if core.idle:
+        return MOVING_S if is_moving else IDLE_SHRINK_S
+    return MOVING_S if core.is_waiting else 0.0
 
 
 def _start(channel: SyncChannel) -> EngineCore | None:

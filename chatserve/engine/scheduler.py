@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from chatserve.engine.request import Request
 from kvstore import KVStore, Lease, OutOfPages
 from kvstore.arrays import common_prefix
+from kvstore.tiers import Promotion
 
 OLDEST_SHARE = 4  # the oldest prefill gets at least this fraction of a step
 
@@ -84,6 +85,7 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
+        self._end_promotion(request)
         self._release(request)
 
     def _admit(self) -> None:
@@ -91,13 +93,34 @@ class Scheduler:
         blocked: list[Request] = []
         while self.waiting and self._has_room():
             request = self.waiting.popleft()
-            if self._waits_for_leader(request):
+            if self._is_coming_back(request) or self._waits_for_leader(request):
                 blocked.append(request)
             elif not self._try_admit(request):
                 # With nothing running all memory is to be had: waiting would be for ever.
                 (blocked if self.running else self.unservable).append(request)
                 break
         self.waiting.extendleft(reversed(blocked))
+
+    def _is_coming_back(self, request: Request) -> bool:
+        """Whether tiers below the device are bringing the request's history back."""
+        if not request.has_asked_below and request.reuse:
+            request.has_asked_below = True
+            request.promotion = self._store.promote(request.session_id, request.salt, request.tokens()[:-1])
+        return request.promotion is not None and not request.promotion.is_over
+
+    def _end_promotion(self, request: Request) -> None:
+        promotion, request.promotion = request.promotion, None
+        if promotion is not None:
+            self._store.end_promotion(promotion)
+
+    def _note_restored(self, request: Request, promotion: Promotion, lease: Lease) -> None:
+        """How much of what the lease found came from which tier."""
+        tokens = self._layout.complete_tokens
+        before, host = len(promotion.before), promotion.num_host
+        ends = [tokens(before), tokens(before + host), tokens(before + host + promotion.num_disk)]
+        found = [min(end, lease.num_cached_tokens) for end in ends]
+        request.num_restored = {"host": found[1] - found[0], "disk": found[2] - found[1]}
+        request.restored_s = promotion.seconds
 
     def _has_room(self) -> bool:
         """Whether another request could get tokens now: rows are mapped for prompts whose turn has come only."""
@@ -115,6 +138,9 @@ class Scheduler:
         if request.admitted_s is None:
             request.admitted_s = self._clock()
             request.num_cached_tokens = lease.num_cached_tokens
+            if request.promotion is not None:
+                self._note_restored(request, request.promotion, lease)
+        self._end_promotion(request)
         self.running.append(request)
         return True
 
@@ -185,6 +211,7 @@ class Scheduler:
         """Back to the head of the queue: its tokens stay, its pages become evictable."""
         self.running.remove(request)
         self._release(request)
+        request.has_asked_below = False
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:

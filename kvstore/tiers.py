@@ -1,0 +1,358 @@
+"""Pages below the device: which have a copy in host memory or on disk, which are on their way down, which come back.
+
+Pages go down in the order in which they were indexed, when the device runs short or has nothing to do; what is evicted
+then is only forgotten up here. A history that is asked for again is promoted beside the running steps: read from disk,
+copied up, and put in the index as if it had just been computed. Single-threaded; only bytes move elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from kvstore.arrays import PageArray, TokenArray, as_page_array
+from kvstore.disk import DiskTier
+from kvstore.errors import OutOfPages
+from kvstore.host import Buffer, HostPage, HostTier
+from kvstore.keys import PageKeys
+from kvstore.layout import KVLayout
+from kvstore.pool import PagePool
+from kvstore.transfer import Transfer, Transfers
+
+MAX_BATCH_BYTES = 16 << 20  # of one copy down: what a copy up may have to wait for
+SHORT_SHARE = 4  # the device is short when less than one part in so many can be handed out
+Insert = Callable[[bytes, TokenArray, PageArray, PageArray], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """What lies below a store's device: `host_bytes` of buffers of one page each, and perhaps a disk.
+
+    `open_disk` is given the fingerprint of records and the size of a page.
+    """
+
+    host_bytes: int
+    make_buffer: Callable[[], Buffer]
+    transfers: Transfers
+    open_disk: Callable[[bytes, int], DiskTier] | None = None
+
+
+@dataclass(slots=True)
+class Offload:
+    """Pages on their way to host memory."""
+
+    pages: PageArray
+    copies: list[HostPage]
+    transfer: Transfer
+
+
+@dataclass(eq=False, slots=True)
+class Promotion:
+    """The rows of `tokens` [before * page, after * page) on their way up, behind pages that are held meanwhile.
+
+    `num_host` and `num_disk` pages come from each tier. Ask `is_over` until it is; then lease, and `Tiers.end` it.
+    """
+
+    salt: bytes
+    tokens: TokenArray
+    before: PageArray
+    pages: PageArray
+    copies: list[HostPage]
+    num_disk: int
+    began_s: float
+    reading: Future[int] | None = None
+    transfer: Transfer | None = None
+    is_over: bool = False
+    is_wanted: bool = True
+    seconds: float = 0.0
+
+    @property
+    def num_host(self) -> int:
+        """Pages that came from host memory."""
+        return len(self.copies) - self.num_disk
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """Pages moved so far, and pages whose way failed."""
+
+    offloaded: int = 0
+    promoted_host: int = 0
+    promoted_disk: int = 0
+    written: int = 0
+    failed: int = 0
+
+
+@dataclass(slots=True)
+class _Writing:
+    """Host pages on their way to disk."""
+
+    copies: list[HostPage]
+    job: Future[None]
+
+
+@dataclass(slots=True)
+class Tiers:
+    """Host memory and, where there is one, a disk under a store's pages; `insert` puts promoted ones in its index."""
+
+    layout: KVLayout
+    pool: PagePool
+    keys: PageKeys
+    host: HostTier
+    transfers: Transfers
+    disk: DiskTier | None
+    insert: Insert
+    lookup: Callable[[bytes, TokenArray], PageArray]
+    allocate: Callable[[int], PageArray]
+    counts: TierCounts = field(default_factory=TierCounts)
+    _key_of: dict[int, bytes] = field(default_factory=dict)  # of every complete page in the index
+    _to_offload: deque[int] = field(default_factory=deque)  # pages, perhaps gone or saved since
+    _to_write: deque[bytes] = field(default_factory=deque)  # keys, perhaps forgotten since
+    _offload: Offload | None = None
+    _writing: _Writing | None = None
+    _promotions: list[Promotion] = field(default_factory=list)
+    _disk_thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="kvstore-disk")
+    )
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether anything is on its way; `tend` has more to do soon."""
+        return bool(self._offload or self._writing or any(not promotion.is_over for promotion in self._promotions))
+
+    def indexed(self, salt: bytes, tokens: TokenArray, pages: PageArray, num_known: int) -> None:
+        """The pages of a path from `num_known` on are in the index since now."""
+        key = self._key_of[int(pages[num_known - 1])] if num_known else self.keys.root(salt)
+        first = self.keys.first_token
+        for index in range(num_known, len(pages)):
+            page = int(pages[index])
+            key = self._key_of[page] = self.keys.page(key, tokens[first(index) : first(index + 1)])
+            if not self._is_below(key):
+                self._to_offload.append(page)
+
+    def forget(self, pages: PageArray) -> None:
+        """These pages leave the index; what was copied of them stays below."""
+        for page in pages.tolist():
+            self._key_of.pop(page, None)
+
+    def tend(self, *, idle: bool = False) -> None:
+        """Take in what has arrived and send what should go; quick, once a step. `idle`: nobody needs the device."""
+        self._finish_offload()
+        self._finish_writing()
+        self._advance_promotions()
+        if self._offload is None and (idle or self._is_short):
+            self._begin_offload()
+        if self._writing is None and self.disk is not None:
+            self._begin_writing(self.disk)
+
+    def promote(self, salt: bytes, tokens: TokenArray) -> Promotion | None:
+        """Begin to bring back what there is of a history behind what is in the index; None where that is nothing."""
+        if not len(self.host) and self.disk is None:
+            return None
+        before = self.lookup(salt, tokens)
+        keys = self.keys.of_path(salt, tokens)[len(before) :]
+        copies, num_disk = self._collect(keys)
+        if not copies:
+            return None
+        self.pool.ref(before)
+        try:
+            pages = self.allocate(len(copies))
+        except OutOfPages:
+            self.pool.unref(before)
+            self._let_go(copies)
+            return None
+        end = self.layout.tokens_to_fill(len(before) + len(copies))
+        promotion = Promotion(salt, tokens[:end], before, pages, copies, num_disk, time.monotonic())
+        self._begin_promotion(promotion)
+        self._promotions.append(promotion)
+        return promotion
+
+    def end(self, promotion: Promotion) -> None:
+        """The promotion's pages need not be held any more, or, before it is over, not longer than until then."""
+        promotion.is_wanted = False
+        if promotion.is_over:
+            self._promotions.remove(promotion)
+            self.pool.unref(promotion.before)
+            self.pool.unref(promotion.pages)
+
+    def flush(self, deadline_s: float) -> bool:
+        """Send down all there is, until it is there or `time.monotonic()` passes the deadline; whether it is."""
+        while time.monotonic() < deadline_s:
+            self.tend(idle=True)
+            if not (self.is_moving or self._to_offload or (self.disk and self._to_write)):
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def held_pages(self) -> list[PageArray]:
+        """Arrays of the pages that are held for what is on its way, once for each hold."""
+        held = [self._offload.pages] if self._offload else []
+        return held + [pages for promotion in self._promotions for pages in (promotion.before, promotion.pages)]
+
+    def close(self) -> None:
+        """Finish what is on its way and end the threads."""
+        self.transfers.close()
+        self._disk_thread.shutdown()
+        if self.disk is not None:
+            self.disk.close()
+
+    @property
+    def _is_short(self) -> bool:
+        return self.pool.num_available * SHORT_SHARE < self.pool.capacity_pages
+
+    @property
+    def _batch_pages(self) -> int:
+        return max(1, MAX_BATCH_BYTES // self.layout.page_bytes)
+
+    def _is_below(self, key: bytes) -> bool:
+        return key in self.host or (self.disk is not None and self.disk.contains(key))
+
+    def _begin_offload(self) -> None:
+        pages: list[int] = []
+        copies: list[HostPage] = []
+        while self._to_offload and len(pages) < self._batch_pages:
+            page = self._to_offload[0]
+            key = self._key_of.get(page)
+            if key is not None and not self._is_below(key):
+                copy = self.host.reserve(key, self.layout.page_bytes)
+                if copy is None and key not in self.host:
+                    break  # host memory is full of what is on its way
+                if copy is not None:
+                    pages.append(page)
+                    copies.append(copy)
+            self._to_offload.popleft()
+        if pages:
+            array = as_page_array(pages)
+            self.pool.ref(array)
+            self._offload = Offload(array, copies, self.transfers.down(pages, [copy.buffer for copy in copies]))
+
+    def _finish_offload(self) -> None:
+        offload = self._offload
+        if offload is None or not offload.transfer.done():
+            return
+        self._offload = None
+        self.pool.unref(offload.pages)
+        if offload.transfer.failed():
+            self.counts.failed += len(offload.copies)
+            for copy in offload.copies:
+                self.host.abandon(copy)
+            return
+        self.counts.offloaded += len(offload.copies)
+        for copy in offload.copies:
+            self.host.fill(copy)
+            self._to_write.append(copy.key)
+
+    def _begin_writing(self, disk: DiskTier) -> None:
+        copies: list[HostPage] = []
+        while self._to_write and len(copies) < self._batch_pages:
+            key = self._to_write.popleft()
+            if not disk.contains(key) and (copy := self.host.pin(key)) is not None:
+                copies.append(copy)
+        if copies:
+            records = [(copy.key, copy.buffer[: copy.num_bytes].data) for copy in copies]
+            self._writing = _Writing(copies, self._disk_thread.submit(_put, disk, records))
+
+    def _finish_writing(self) -> None:
+        writing = self._writing
+        if writing is None or not writing.job.done():
+            return
+        self._writing = None
+        self._let_go(writing.copies)
+        if writing.job.exception() is None:
+            self.counts.written += len(writing.copies)
+        else:
+            self.counts.failed += len(writing.copies)
+
+    def _collect(self, keys: Sequence[bytes]) -> tuple[list[HostPage], int]:
+        """Held host pages for as many of the keys, from the first on, as there are; the last ones still to be read."""
+        copies: list[HostPage] = []
+        for key in keys:
+            copy = self.host.pin(key)
+            if copy is None:
+                break
+            copies.append(copy)
+        num_host = len(copies)
+        for key in keys[num_host:]:
+            copy = self._reserve_to_read(key)
+            if copy is None:
+                break
+            copies.append(copy)
+        return copies, len(copies) - num_host
+
+    def _reserve_to_read(self, key: bytes) -> HostPage | None:
+        if self.disk is None or not self.disk.contains(key):
+            return None
+        return self.host.reserve(key, self.layout.page_bytes)
+
+    def _begin_promotion(self, promotion: Promotion) -> None:
+        if promotion.num_disk and self.disk is not None:
+            unread = promotion.copies[promotion.num_host :]
+            promotion.reading = self._disk_thread.submit(_read, self.disk, unread)
+        else:
+            self._copy_up(promotion)
+
+    def _copy_up(self, promotion: Promotion) -> None:
+        buffers = [copy.buffer for copy in promotion.copies]
+        promotion.transfer = self.transfers.up(promotion.pages.tolist(), buffers)
+
+    def _advance_promotions(self) -> None:
+        for promotion in [promotion for promotion in self._promotions if not promotion.is_over]:
+            if promotion.reading is not None and promotion.reading.done():
+                self._take_read(promotion, promotion.reading)
+            if promotion.transfer is not None and promotion.transfer.done():
+                self._finish_promotion(promotion, promotion.transfer)
+
+    def _take_read(self, promotion: Promotion, reading: Future[int]) -> None:
+        """Keep the pages that were read well, from the first on; the others are given back."""
+        promotion.reading = None
+        num_read = 0 if reading.exception() else reading.result()
+        unread = promotion.copies[promotion.num_host :]
+        for copy in unread[:num_read]:
+            copy.is_whole = True
+        for copy in unread[num_read:]:
+            self.host.abandon(copy)
+        self.counts.failed += len(unread) - num_read
+        self._shorten(promotion, len(promotion.copies) - (len(unread) - num_read))
+        promotion.num_disk = num_read
+        self._copy_up(promotion)
+
+    def _shorten(self, promotion: Promotion, num_pages: int) -> None:
+        self.pool.unref(promotion.pages[num_pages:])
+        promotion.pages = promotion.pages[:num_pages]
+        promotion.copies = promotion.copies[:num_pages]
+        promotion.tokens = promotion.tokens[: self.layout.tokens_to_fill(len(promotion.before) + num_pages)]
+
+    def _finish_promotion(self, promotion: Promotion, transfer: Transfer) -> None:
+        self._let_go(promotion.copies)
+        promotion.is_over, promotion.seconds = True, time.monotonic() - promotion.began_s
+        if transfer.failed():
+            self.counts.failed += len(promotion.copies)
+            promotion.copies, promotion.num_disk = [], 0
+        elif promotion.copies:
+            self.counts.promoted_host += promotion.num_host
+            self.counts.promoted_disk += promotion.num_disk
+            self.insert(promotion.salt, promotion.tokens, promotion.before, promotion.pages)
+        if not promotion.is_wanted:
+            self.end(promotion)
+
+    def _let_go(self, copies: Sequence[HostPage]) -> None:
+        for copy in copies:
+            if copy.is_whole:
+                self.host.unpin(copy)
+            else:
+                self.host.abandon(copy)
+
+
+def _put(disk: DiskTier, records: Sequence[tuple[bytes, memoryview]]) -> None:
+    disk.put(records)
+
+
+def _read(disk: DiskTier, copies: Sequence[HostPage]) -> int:
+    """How many of the pages, from the first on, were read whole."""
+    for number, copy in enumerate(copies):
+        if disk.read_into(copy.key, copy.buffer.data) != copy.num_bytes:
+            return number
+    return len(copies)
