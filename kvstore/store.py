@@ -124,12 +124,23 @@ class KVStore:
         if self.tiers is not None:
             self.tiers.end(promotion)
 
+    def take_sources(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> dict[str, int]:
+        """How many tokens of a history were brought back from which tier since anybody leased them last."""
+        if self.tiers is None or not self.tiers.has_sources:
+            return {}
+        return self.tiers.take_sources(self._index.lookup(self._namespace(session_id, salt), token_ids))
+
     def tend(self, *, idle: bool = False) -> bool:
         """Take care of what moves between tiers, once a step; whether anything is on its way. `idle`: nothing runs."""
         if self.tiers is None:
             return False
         self.tiers.tend(idle=idle)
         return self.tiers.is_moving
+
+    def note_computed(self, num_tokens: int, seconds: float) -> None:
+        """So many tokens of prompts were computed in that time; what is quicker computed is not brought back."""
+        if self.tiers is not None:
+            self.tiers.prefill_cost.observe(num_tokens, seconds)
 
     def flush(self, deadline_s: float) -> bool:
         """Copy all histories down, until `time.monotonic()` passes the deadline; whether all are there."""
@@ -143,6 +154,24 @@ class KVStore:
         """Tokens whose rows the session has mapped; 0 for an unknown one."""
         session = self._residency.sessions.get(session_id)
         return session.tensor.num_tokens if session else 0
+
+    def held_tokens(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> dict[str, int]:
+        """How much of a history each tier would give: on the `device`, then of the rest in `host` memory and on `disk`.
+
+        Tokens of complete pages; on the device all that the session has mapped.
+        """
+        tokens, namespace = as_token_array(token_ids), self._namespace(session_id, salt)
+        pages = self._index.lookup(namespace, tokens)
+        on_device = max(self.resident_tokens(session_id), self.layout.complete_tokens(len(pages)))
+        below = self.tiers.below(namespace, tokens, len(pages)) if self.tiers else {}
+        return {"device": min(on_device, len(tokens)), **below}
+
+    def restore_s(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> float:
+        """How long it would take to bring back what tiers below have of a history, by what it took before."""
+        tokens, namespace = as_token_array(token_ids), self._namespace(session_id, salt)
+        if self.tiers is None:
+            return 0.0
+        return self.tiers.restore_s(namespace, tokens, len(self._index.lookup(namespace, tokens)))
 
     def stats(self) -> KVStats:
         """Pages and bytes by state, and what was evicted so far."""

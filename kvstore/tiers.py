@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from kvstore.arrays import PageArray, TokenArray, as_page_array
+from kvstore.cost import LinearCost
 from kvstore.disk import DiskTier
 from kvstore.errors import OutOfPages
 from kvstore.host import Buffer, HostPage, HostTier
@@ -53,7 +55,8 @@ class Offload:
 class Promotion:
     """The rows of `tokens` [before * page, after * page) on their way up, behind pages that are held meanwhile.
 
-    `num_host` and `num_disk` pages come from each tier. Ask `is_over` until it is; then lease, and `Tiers.end` it.
+    `num_host` and `num_disk` pages come from each tier; `num_wanted` requests wait for them. Ask `is_over` until it is;
+    then lease, and `Tiers.end` it.
     """
 
     salt: bytes
@@ -66,7 +69,7 @@ class Promotion:
     reading: Future[int] | None = None
     transfer: Transfer | None = None
     is_over: bool = False
-    is_wanted: bool = True
+    num_wanted: int = 1
     seconds: float = 0.0
 
     @property
@@ -108,7 +111,11 @@ class Tiers:
     lookup: Callable[[bytes, TokenArray], PageArray]
     allocate: Callable[[int], PageArray]
     counts: TierCounts = field(default_factory=TierCounts)
+    prefill_cost: LinearCost = field(default_factory=LinearCost)  # of tokens; observed by whoever computes them
+    host_cost: LinearCost = field(default_factory=LinearCost)  # of pages that come back from host memory
+    disk_cost: LinearCost = field(default_factory=LinearCost)  # of pages some of which come from disk
     _key_of: dict[int, bytes] = field(default_factory=dict)  # of every complete page in the index
+    _source_of: dict[int, str] = field(default_factory=dict)  # of promoted pages, until a turn uses them
     _to_offload: deque[int] = field(default_factory=deque)  # pages, perhaps gone or saved since
     _to_write: deque[bytes] = field(default_factory=deque)  # keys, perhaps forgotten since
     _offload: Offload | None = None
@@ -137,6 +144,22 @@ class Tiers:
         """These pages leave the index; what was copied of them stays below."""
         for page in pages.tolist():
             self._key_of.pop(page, None)
+            self._source_of.pop(page, None)
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether anything was brought back that no turn has used yet."""
+        return bool(self._source_of)
+
+    def take_sources(self, pages: PageArray) -> dict[str, int]:
+        """Tokens of a path's first pages by the tier they were brought back from; each page is told of once."""
+        tokens = self.layout.complete_tokens
+        counts = dict.fromkeys(("host", "disk"), 0)
+        for index, page in enumerate(pages.tolist()):
+            source = self._source_of.pop(page, None)
+            if source is not None:
+                counts[source] += tokens(index + 1) - tokens(index)
+        return counts
 
     def tend(self, *, idle: bool = False) -> None:
         """Take in what has arrived and send what should go; quick, once a step. `idle`: nobody needs the device."""
@@ -153,7 +176,14 @@ class Tiers:
         if not len(self.host) and self.disk is None:
             return None
         before = self.lookup(salt, tokens)
-        keys = self.keys.of_path(salt, tokens)[len(before) :]
+        keys = self._keys_below(salt, tokens, len(before))
+        if not keys:
+            return None
+        if (coming := self._find_coming(keys[0])) is not None:
+            coming.num_wanted += 1
+            return coming
+        if not self._is_worth_it(len(before), keys):
+            return None
         copies, num_disk = self._collect(keys)
         if not copies:
             return None
@@ -170,10 +200,25 @@ class Tiers:
         self._promotions.append(promotion)
         return promotion
 
+    def below(self, salt: bytes, tokens: TokenArray, num_before: int) -> dict[str, int]:
+        """Tokens behind the first `num_before` pages that host memory, and then the disk, would give."""
+        keys = self._keys_below(salt, tokens, num_before)
+        num_host = sum(1 for _ in takewhile(self.host.__contains__, keys))
+        ends = [self.layout.complete_tokens(num_before + count) for count in (0, num_host, len(keys))]
+        return {"host": ends[1] - ends[0], "disk": ends[2] - ends[1]}
+
+    def restore_s(self, salt: bytes, tokens: TokenArray, num_before: int) -> float:
+        """How long bringing these back would take, by what it took before; 0 for nothing."""
+        keys = self._keys_below(salt, tokens, num_before)
+        return self._cost_of(all(key in self.host for key in keys)).estimate(len(keys)) if keys else 0.0
+
     def end(self, promotion: Promotion) -> None:
         """The promotion's pages need not be held any more, or, before it is over, not longer than until then."""
-        promotion.is_wanted = False
-        if promotion.is_over:
+        promotion.num_wanted -= 1
+        self._release_unwanted(promotion)
+
+    def _release_unwanted(self, promotion: Promotion) -> None:
+        if promotion.is_over and not promotion.num_wanted:
             self._promotions.remove(promotion)
             self.pool.unref(promotion.before)
             self.pool.unref(promotion.pages)
@@ -266,6 +311,26 @@ class Tiers:
         else:
             self.counts.failed += len(writing.copies)
 
+    def _keys_below(self, salt: bytes, tokens: TokenArray, num_before: int) -> list[bytes]:
+        """The keys of the pages behind the first ones that lie below, up to the first that does not."""
+        return list(takewhile(self._is_below, self.keys.of_path(salt, tokens)[num_before:]))
+
+    def _find_coming(self, key: bytes) -> Promotion | None:
+        """A promotion that is bringing this page back already."""
+        active = (promotion for promotion in self._promotions if not promotion.is_over)
+        return next((found for found in active if any(copy.key == key for copy in found.copies)), None)
+
+    def _is_worth_it(self, num_before: int, keys: Sequence[bytes]) -> bool:
+        """Whether bringing these pages back takes less time than computing their tokens, as far as that is known."""
+        cost = self._cost_of(all(key in self.host for key in keys))
+        tokens = self.layout.complete_tokens
+        num_tokens = tokens(num_before + len(keys)) - tokens(num_before)
+        computing_s = self.prefill_cost.estimate(num_tokens) - self.prefill_cost.estimate(0)
+        return not self.prefill_cost.is_known or cost.estimate(len(keys)) <= computing_s
+
+    def _cost_of(self, is_host: bool) -> LinearCost:
+        return self.host_cost if is_host else self.disk_cost
+
     def _collect(self, keys: Sequence[bytes]) -> tuple[list[HostPage], int]:
         """Held host pages for as many of the keys, from the first on, as there are; the last ones still to be read."""
         copies: list[HostPage] = []
@@ -334,9 +399,15 @@ class Tiers:
         elif promotion.copies:
             self.counts.promoted_host += promotion.num_host
             self.counts.promoted_disk += promotion.num_disk
+            self._cost_of(not promotion.num_disk).observe(len(promotion.copies), promotion.seconds)
             self.insert(promotion.salt, promotion.tokens, promotion.before, promotion.pages)
-        if not promotion.is_wanted:
-            self.end(promotion)
+            self._note_sources(promotion)
+        self._release_unwanted(promotion)
+
+    def _note_sources(self, promotion: Promotion) -> None:
+        for index, page in enumerate(promotion.pages.tolist()):
+            if page in self._key_of:  # else someone else's page with the same rows was there first
+                self._source_of[page] = "host" if index < promotion.num_host else "disk"
 
     def _let_go(self, copies: Sequence[HostPage]) -> None:
         for copy in copies:

@@ -82,12 +82,23 @@ class Finished:
     decode_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Tokens of a history by the tier that would give them (`device`, `host`, `disk`), and how long that would take."""
+
+    tokens: dict[str, int]
+    restore_s: float = 0.0
+
+
 Progress = Started | Tokens | Resumed | Finished
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine found when it started. `max_context` bounds prompt and reply of one session, in tokens."""
+    """What the engine found when it started. `max_context` bounds prompt and reply of one session, in tokens.
+
+    `has_tiers`: histories that leave the device go to host memory or disk.
+    """
 
     model: str
     max_context: int
@@ -98,6 +109,7 @@ class EngineInfo:
     device: str
     dtype: str
     attention: str
+    has_tiers: bool = False
 
 
 class Engine(Protocol):
@@ -126,6 +138,10 @@ class Engine(Protocol):
         """Drop the session's tensor and token ids; its shared pages stay indexed until they are evicted."""
         ...
 
-    async def cached_tokens(self, session_id: str) -> dict[str, int]:
-        """How many tokens of the session are held now, by tier (`device`, `host`, `disk`)."""
+    def warm_session(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> None:
+        """A turn on this history is likely: what tiers below the device have of it is brought back meanwhile."""
+        ...
+
+    async def cached_tokens(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> Held:
+        """How much of a history is held now, and where."""
         ...

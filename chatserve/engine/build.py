@@ -148,6 +148,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         device=backend.device.type,
         dtype=str(dtype).removeprefix("torch."),
         attention=runner.attention_name,
+        has_tiers=store.tiers is not None,
     )
     return core, info
 

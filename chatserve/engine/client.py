@@ -10,10 +10,10 @@ import asyncio
 import itertools
 import logging
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from chatserve.engine.api import EngineInfo, Finished, GenerationRequest, Progress, Resumed, Started, Tokens
+from chatserve.engine.api import EngineInfo, Finished, GenerationRequest, Held, Progress, Resumed, Started, Tokens
 from chatserve.engine.child import EngineChild
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.history import history_hash
@@ -147,12 +147,16 @@ class EngineClient:
         """See `chatserve.engine.api.Engine.forget_session`."""
         self._post({"verb": "forget", "session_id": session_id})
 
-    async def cached_tokens(self, session_id: str) -> dict[str, int]:
+    def warm_session(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> None:
+        """See `chatserve.engine.api.Engine.warm_session`."""
+        if self._info is not None and self._info.has_tiers:
+            self._post({"verb": "warm", **_history(session_id, tenant, token_ids)})
+
+    async def cached_tokens(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> Held:
         """See `chatserve.engine.api.Engine.cached_tokens`; nothing is held while no engine is ready."""
         if not self.ready:
-            return {"device": 0}
-        held: dict[str, int] = await self._query({"what": "cached_tokens", "session_id": session_id})
-        return held
+            return Held({"device": 0})
+        return Held(**await self._query({"what": "cached_tokens", **_history(session_id, tenant, token_ids)}))
 
     async def stats(self) -> dict[str, int]:
         """The KV store's accounts: pages and bytes by state, sessions, ranges. Raises Unavailable without an engine."""
@@ -295,6 +299,10 @@ class EngineClient:
         if not stream.started:  # a continued request has told its reader already
             stream.started = True
             stream.put(Started(*fields))
+
+
+def _history(session_id: str, tenant: str, token_ids: Sequence[int]) -> dict[str, Any]:
+    return {"session_id": session_id, "tenant": tenant, "token_ids": array("i", token_ids).tobytes()}
 
 
 def _interrupted() -> Unavailable:

@@ -13,6 +13,8 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from chatserve.engine.api import FinishReason, SamplingParams
 from chatserve.engine.history import HistoryTable, TokenIds
 from chatserve.engine.request import Request
@@ -80,12 +82,14 @@ class EngineCore:
             "submit": self._submit,
             "cancel": self._cancel,
             "forget": self._forget,
+            "warm": self._warm,
             "query": self._query,
         }
         verbs[command["verb"]](command)
 
     def step(self) -> None:
         """Schedule, run, commit: what was launched in this step, or the step before if the runner works beside us."""
+        began_s = time.perf_counter()
         self._finish_cancelled(self._scheduler.waiting)
         self.store.tend()
         work = self._schedule()
@@ -97,6 +101,9 @@ class EngineCore:
         if launched:
             self._commit(launched)
         self._finish_cancelled(self._scheduler.running)  # with what was in flight for them counted
+        num_prefill = sum(item.num_tokens for item in work if item.num_tokens > 1)
+        if num_prefill:
+            self.store.note_computed(num_prefill, time.perf_counter() - began_s)
 
     def offload(self) -> bool:
         """Nothing is to be computed: copy histories to the tiers below. Whether there is more of that to do soon."""
@@ -239,15 +246,26 @@ class EngineCore:
         self._history.forget(session_id)
         self.store.drop_session(session_id)
 
+    def _warm(self, command: dict[str, Any]) -> None:
+        """A turn of this session is likely: bring its history back, and leave it where it is found."""
+        tokens = np.frombuffer(command["token_ids"], np.int32)
+        promotion = self.store.promote(command["session_id"], command["tenant"].encode(), tokens)
+        if promotion is not None:
+            self.store.end_promotion(promotion)
+
     def _query(self, command: dict[str, Any]) -> None:
         self._events.append(["reply", command["query_id"], self._answer(command)])
 
     def _answer(self, command: dict[str, Any]) -> Any:
         if command["what"] == "cached_tokens":
-            return {"device": self.store.resident_tokens(command["session_id"])}
+            return self._held(command)
         if command["what"] == "check_integrity":
             return self._integrity_fault()
         return self.store.stats().as_map()
+
+    def _held(self, command: dict[str, Any]) -> dict[str, Any]:
+        history = command["session_id"], command["tenant"].encode(), np.frombuffer(command["token_ids"], np.int32)
+        return {"tokens": self.store.held_tokens(*history), "restore_s": self.store.restore_s(*history)}
 
     def _integrity_fault(self) -> str | None:
         """What is wrong with the store's books, if anything: reported, never a reason to stop serving."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from chatserve.engine.request import Request
 from kvstore import KVStore, Lease, OutOfPages
 from kvstore.arrays import common_prefix
-from kvstore.tiers import Promotion
 
 OLDEST_SHARE = 4  # the oldest prefill gets at least this fraction of a step
 
@@ -113,15 +112,6 @@ class Scheduler:
         if promotion is not None:
             self._store.end_promotion(promotion)
 
-    def _note_restored(self, request: Request, promotion: Promotion, lease: Lease) -> None:
-        """How much of what the lease found came from which tier."""
-        tokens = self._layout.complete_tokens
-        before, host = len(promotion.before), promotion.num_host
-        ends = [tokens(before), tokens(before + host), tokens(before + host + promotion.num_disk)]
-        found = [min(end, lease.num_cached_tokens) for end in ends]
-        request.num_restored = {"host": found[1] - found[0], "disk": found[2] - found[1]}
-        request.restored_s = promotion.seconds
-
     def _has_room(self) -> bool:
         """Whether another request could get tokens now: rows are mapped for prompts whose turn has come only."""
         share = self._oldest_share
@@ -138,8 +128,8 @@ class Scheduler:
         if request.admitted_s is None:
             request.admitted_s = self._clock()
             request.num_cached_tokens = lease.num_cached_tokens
-            if request.promotion is not None:
-                self._note_restored(request, request.promotion, lease)
+            request.num_restored = self._store.take_sources(request.session_id, request.salt, request.given)
+            request.restored_s = request.promotion.seconds if request.promotion else 0.0
         self._end_promotion(request)
         self.running.append(request)
         return True

@@ -114,6 +114,12 @@ async def resume_session(request: Request) -> JSONResponse:
     return JSONResponse(resumed)
 
 
+async def session_cache(request: Request) -> JSONResponse:
+    """`GET /v1/sessions/{id}/cache`: how many tokens of the session each tier holds."""
+    tenant, session_id = tenant_of(request), request.path_params["session_id"]
+    return JSONResponse(await services_of(request).sessions.session_cache(tenant, session_id))
+
+
 async def list_models(request: Request) -> JSONResponse:
     """`GET /v1/models`: the one model that is served."""
     tenant_of(request)
@@ -168,5 +174,6 @@ ROUTES = [
     Route("/v1/sessions/{session_id}", update_session, methods=["PATCH"]),
     Route("/v1/sessions/{session_id}", delete_session, methods=["DELETE"]),
     Route("/v1/sessions/{session_id}/resume", resume_session, methods=["POST"]),
+    Route("/v1/sessions/{session_id}/cache", session_cache, methods=["GET"]),
     Route("/v1/models", list_models, methods=["GET"]),
 ]

@@ -45,6 +45,7 @@ from chatserve.text.pipeline import TextPipeline
 
 View = dict[str, Any]
 DRAIN_RETRY_MS = 1000
+WARM_INTERVAL_S = 5.0  # a person who types says so again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +158,12 @@ class SessionManager:
         """The tenant is about to say something here."""
         async with self._registry.use(session_id, tenant) as live:
             self._records.touch(live.id, typing=True, last_activity_s=self._clock())
+            self._warm(live)
 
     async def attach(self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None) -> Attached:
         """Where to begin to follow: after the cursor if the log still has all behind it, else from a snapshot."""
         async with self._registry.use(session_id, tenant) as live:
+            self._warm(live)
             if after_seq is not None and await self._can_replay(live, epoch, after_seq):
                 return Attached(live.id, live.meta.epoch, live.tail.head_seq, "replay", None, after_seq)
             state = views.snapshot(live, self._engine.info.max_context)
@@ -183,11 +186,27 @@ class SessionManager:
         async with self._registry.use(session_id, tenant) as live:
             answer = await self._replayed(live, epoch, after_seq) or self._state(live)
             active = views.active_response(live)
-            num_tokens = views.num_branch_tokens(live)
+            cache = await self._cache(live)
         if active is not None:
             answer["active_response"] = active
-        held = await self._engine.cached_tokens(session_id)
-        return answer | {"cache": {"tokens": num_tokens, **held, "restore_ms_estimate": 0.0}}
+        return answer | {"cache": cache}
+
+    async def session_cache(self, tenant: str, session_id: str) -> View:
+        """How much of a session's history is held ready, and where."""
+        async with self._registry.use(session_id, tenant) as live:
+            return await self._cache(live)
+
+    async def _cache(self, live: LiveSession) -> View:
+        token_ids = views.branch_token_ids(live)
+        held = await self._engine.cached_tokens(live.id, live.meta.tenant, token_ids)
+        return {"tokens": len(token_ids), **held.tokens, "restore_ms_estimate": round(held.restore_s * 1000, 3)}
+
+    def _warm(self, live: LiveSession) -> None:
+        """A turn is likely: what left the device of the history may come back before it is asked for."""
+        now_s = self._clock()
+        if live.meta.active is None and now_s - live.warmed_s >= WARM_INTERVAL_S and live.messages:
+            live.warmed_s = now_s
+            self._engine.warm_session(live.id, live.meta.tenant, views.branch_token_ids(live))
 
     async def _recover(self, session_id: str, slots: asyncio.Semaphore) -> None:
         """Bring a session with a running response into memory, where its keeper takes it up."""

@@ -91,6 +91,7 @@ class LiveSession:
         self.engine_knows = False
         self.last_reply_s: float | None = None
         self.think_time_s = 0.0
+        self.warmed_s = 0.0
         self.tail = LogTail(meta.head_seq, max_entries=limits.tail_entries, max_bytes=limits.tail_bytes)
         self._store = store
         self._limits = limits

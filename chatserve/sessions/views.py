@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from chatserve.protocol import events
@@ -83,5 +84,13 @@ def context_view(live: LiveSession, max_context: int) -> View:
 
 def num_branch_tokens(live: LiveSession) -> int:
     """The tokens from the beginning to the branch head."""
-    head = live.messages.get(live.meta.head_id or ROOT)
-    return sum(len(message.token_ids) for message in path_to(live.messages, head))
+    return sum(len(message.token_ids) for message in _branch(live))
+
+
+def branch_token_ids(live: LiveSession) -> list[int]:
+    """These tokens' ids."""
+    return list(chain.from_iterable(message.token_ids for message in _branch(live)))
+
+
+def _branch(live: LiveSession) -> list[MessageRecord]:
+    return path_to(live.messages, live.messages.get(live.meta.head_id or ROOT))

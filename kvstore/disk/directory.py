@@ -6,7 +6,6 @@ and a program that knows no model, open the directory.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -115,8 +114,7 @@ class TierDirectory:
     def write_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest in one step: after a kill there is the old one or the new one."""
         draft = self.path / f"{MANIFEST_NAME}.new"
-        with contextlib.suppress(FileNotFoundError):
-            self._calls.remove(draft)
+        self._calls.remove(draft)
         fd = self._calls.create(draft)
         try:
             self._calls.write(fd, [manifest.pack()], 0)

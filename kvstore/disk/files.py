@@ -70,8 +70,8 @@ class FileCalls:
         os.replace(source, target)
 
     def remove(self, path: Path) -> None:
-        """Take the file's name away; who has it open goes on reading."""
-        os.unlink(path)
+        """Take the file's name away if it is there; who has it open goes on reading."""
+        path.unlink(missing_ok=True)
 
 
 def _after(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

@@ -51,6 +51,10 @@ class RecordIndex:
                 self._forget(record.key)
                 self._put(record)
 
+    def add_unsure(self, records: Iterable[Record]) -> None:
+        """As `add`, for records that may not be whole, copies under way when the power went: they take no place."""
+        self.add([record for record in records if record.key not in self._records])
+
     def move(self, old: Record, new: Record) -> None:
         """A durable copy of `old` is `new`; its rank stays. Nothing happens when `old` is no longer in the index."""
         with self._lock:
@@ -58,6 +62,10 @@ class RecordIndex:
                 old.segment.live_bytes -= old.size
                 self._live_bytes -= old.size
                 self._put(new)
+
+    def holds(self, record: Record) -> bool:
+        """Whether this record is the one of its key."""
+        return self._records.get(record.key) is record
 
     def discard(self, record: Record) -> bool:
         """Forget this record; whether the index had it, and not a copy of it or nothing."""

@@ -26,11 +26,12 @@ FOOTER_MAGIC = b"KVFOOTER"
 # The first two fields of a segment's header, magic and version, stay where they are in all versions.
 _SEGMENT = struct.Struct("<8sIQ32s8xI")  # magic, version, number, identity, checksum of all before
 _RECORD = struct.Struct("<4sII32sI12xI")  # magic, version, payload bytes, key, payload's checksum, header's checksum
-_ENTRY = struct.Struct("<32sI")  # key, payload bytes
+_ENTRY = struct.Struct("<32sI")  # key, payload bytes with UNWANTED or without
 _TRAILER = struct.Struct("<IIII")  # version, entries, zero, checksum of the footer before it
 _CHECKSUM = struct.Struct("<I")
 
 TRAILER_BYTES = _TRAILER.size
+UNWANTED = 1 << 31  # no payload is so long
 
 Payload = bytes | bytearray | memoryview
 
@@ -46,6 +47,15 @@ class Reason(StrEnum):
     TORN = "torn"  # the end of what was being written when the process was killed
     CHECKSUM = "checksum"  # the payload is not what was written
     READ_ERROR = "read_error"  # the system could not read it
+
+
+@dataclass(frozen=True, slots=True)
+class FooterEntry:
+    """A record of a full segment; one that was not wanted any more when the footer was written only takes room."""
+
+    key: bytes
+    length: int
+    is_wanted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +119,10 @@ def parse_record_header(data: bytes | bytearray) -> RecordHeader | None:
     return RecordHeader(key, length, checksum) if version == FORMAT_VERSION else None
 
 
-def pack_footer(entries: Sequence[tuple[bytes, int]]) -> bytes:
-    """The list of a full segment's (key, payload bytes), in the order of the file; places follow from the lengths."""
-    body = FOOTER_MAGIC + b"".join(_ENTRY.pack(key, length) for key, length in entries)
+def pack_footer(entries: Sequence[FooterEntry]) -> bytes:
+    """The list of a full segment's records in the order of the file; their places follow from the lengths."""
+    packed = (_ENTRY.pack(entry.key, entry.length | (0 if entry.is_wanted else UNWANTED)) for entry in entries)
+    body = FOOTER_MAGIC + b"".join(packed)
     return _sealed(body + _TRAILER.pack(FORMAT_VERSION, len(entries), 0, 0))
 
 
@@ -123,11 +134,12 @@ def footer_bytes_by_trailer(trailer: bytes) -> int | None:
     return footer_bytes(num_entries) if version == FORMAT_VERSION else None
 
 
-def parse_footer(data: bytes) -> list[tuple[bytes, int]] | None:
-    """The (key, payload bytes) of a footer, None when it is damaged."""
+def parse_footer(data: bytes) -> list[FooterEntry] | None:
+    """The records that a footer lists, None when it is damaged."""
     if not data.startswith(FOOTER_MAGIC) or not _is_intact(data):
         return None
-    return list(_ENTRY.iter_unpack(data[len(FOOTER_MAGIC) : -TRAILER_BYTES]))
+    entries = _ENTRY.iter_unpack(data[len(FOOTER_MAGIC) : -TRAILER_BYTES])
+    return [FooterEntry(key, length & ~UNWANTED, not length & UNWANTED) for key, length in entries]
 
 
 def records_end(lengths: Iterable[int]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kvstore.disk.records import (
     FOOTER_MAGIC,
     HEADER_BYTES,
     TRAILER_BYTES,
+    FooterEntry,
     Payload,
     Reason,
     RecordHeader,
@@ -46,7 +48,8 @@ class Flaw:
 class Segment:
     """One file: records in [HEADER_BYTES, end), then a footer, a torn tail or nothing.
 
-    `records` are all that it holds, wanted or not; `live_bytes` is what the index's share of them takes.
+    `records` are what it holds, wanted or not, less what its footer says is not wanted; `live_bytes` is what those of
+    them take that the index has.
     """
 
     path: Path
@@ -176,18 +179,19 @@ class SegmentWriter:
         self.segment.end = self._end
         return durable
 
-    def seal(self) -> list[Record]:
-        """As `sync`, with the footer that makes the next start quick; nothing can be appended afterwards."""
-        entries = [(record.key, record.length) for record in [*self.segment.records, *self._pending]]
+    def seal(self, is_wanted: Callable[[Record], bool]) -> None:
+        """Write the footer behind the records, all durable by now, and close the file.
+
+        Whatever a footer lists was therefore written whole; what is found without one may not have been.
+        """
+        assert not self._pending
+        entries = [FooterEntry(record.key, record.length, is_wanted(record)) for record in self.segment.records]
         footer = pack_footer(entries)
         self._calls.write(self._fd, [footer], self._end)
-        if not self._pending:
-            self._calls.sync(self._fd)
-        durable = self.sync()
+        self._calls.sync(self._fd)
         self.segment.file_bytes = self._end + len(footer)
         self.segment.sealed = True
         self.close()
-        return durable
 
     def close(self) -> None:
         """Close the file as it is; appended records that were not made durable may be there or not."""
@@ -210,19 +214,19 @@ def _load(calls: FileCalls, fd: int, segment: Segment, identity: bytes) -> None:
     footer = _read_footer(calls, fd, segment.file_bytes)
     if footer is not None:
         segment.sealed = True
-        for key, length in footer:
-            _add(segment, key, length)
+        for entry in footer:
+            _add(segment, entry.key, entry.length, is_wanted=entry.is_wanted)
     else:
         _scan(calls, fd, segment)
 
 
-def _read_footer(calls: FileCalls, fd: int, file_bytes: int) -> list[tuple[bytes, int]] | None:
+def _read_footer(calls: FileCalls, fd: int, file_bytes: int) -> list[FooterEntry] | None:
     """What the footer lists, None when there is none that is whole."""
     num_bytes = footer_bytes_by_trailer(_read(calls, fd, TRAILER_BYTES, max(0, file_bytes - TRAILER_BYTES)))
     if num_bytes is None or num_bytes > file_bytes - HEADER_BYTES:
         return None
     entries = parse_footer(_read(calls, fd, num_bytes, file_bytes - num_bytes))
-    if entries is None or records_end(length for _, length in entries) != file_bytes - num_bytes:
+    if entries is None or records_end(entry.length for entry in entries) != file_bytes - num_bytes:
         return None
     return entries
 
@@ -235,7 +239,7 @@ def _scan(calls: FileCalls, fd: int, segment: Segment) -> None:
         if header is None or segment.end + record_bytes(header.length) > segment.file_bytes:
             segment.flaw = Flaw(_reason_of_end(data, header), f"read up to byte {segment.end}")
             return
-        _add(segment, header.key, header.length)
+        _add(segment, header.key, header.length, is_wanted=True)
 
 
 def _reason_of_end(data: bytes, header: RecordHeader | None) -> Reason:
@@ -246,8 +250,9 @@ def _reason_of_end(data: bytes, header: RecordHeader | None) -> Reason:
     return Reason.TORN if is_torn else Reason.RECORD_HEADER
 
 
-def _add(segment: Segment, key: bytes, length: int) -> None:
-    segment.records.append(Record(key, segment, segment.end, length))
+def _add(segment: Segment, key: bytes, length: int, *, is_wanted: bool) -> None:
+    if is_wanted:
+        segment.records.append(Record(key, segment, segment.end, length))
     segment.end += record_bytes(length)
 
 

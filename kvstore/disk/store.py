@@ -113,7 +113,8 @@ class SegmentStore:
         """Delete each file of which at least a quarter is not wanted, after copying the rest."""
         for segment in self.segments:
             is_sparse = segment.live_bytes <= segment.file_bytes * MOVED_SHARE
-            if is_sparse and not (segment.is_open and segment is self.segments[-1]):
+            is_there = segment.number in self._segments  # making room for another may have taken it
+            if is_sparse and is_there and not (segment.is_open and segment is self.segments[-1]):
                 self._compact(segment)
 
     def discard(self, record: Record, flaw: Flaw) -> bool:
@@ -141,7 +142,8 @@ class SegmentStore:
             segment = load_segment(self._calls, path, number, self._identity)
             self._segments[number] = segment
             self._next_number = number + 1
-            self.index.add(segment.records)
+            add = self.index.add if segment.sealed else self.index.add_unsure
+            add(segment.records)
             if segment.flaw is not None:
                 self._on_flaw(str(path), segment.flaw)
         self._trim(self._sizes.budget_bytes - OVERHEAD_BYTES, self.segments)
@@ -164,7 +166,8 @@ class SegmentStore:
     def _begin(self) -> SegmentWriter:
         """Seal the file being written, if there is one, and write to the next."""
         if self._writer is not None:
-            self.index.add(self._writer.seal())
+            self.index.add(self._writer.sync())
+            self._writer.seal(self.index.holds)
             self._writer = None
         self._writer = self._resumed() or self._created()
         self._collect(self._writer)
@@ -233,7 +236,7 @@ class SegmentStore:
         if segment.live_bytes == 0:
             self._delete(segment)
         elif segment.live_bytes <= self._sizes.capacity_bytes:
-            writer = self._writer_for(segment.live_bytes)  # to make room, this may already delete the segment
+            writer = self._writer_for(segment.live_bytes)
             if segment.number in self._segments and self._fits(segment.live_bytes, writer):
                 self._evacuate(segment, writer)
 

@@ -75,7 +75,8 @@ async def test_progress_comes_in_order(engine):
     assert isinstance(items[-1], Finished)
     assert sum(isinstance(item, Finished) for item in items) == 1
     assert len(tokens_of(items)) == 40
-    assert (await engine.cached_tokens("r"))["device"] == 89
+    assert (await engine.cached_tokens("r", "t", [])).tokens["device"] == 0
+    assert (await engine.cached_tokens("r", "t", [*range(10, 60), *tokens_of(items)])).tokens["device"] == 89
     assert await engine.integrity_fault() is None
 
 
@@ -152,7 +153,7 @@ async def test_cancel_ends_with_cancelled(engine):
 
     items = await collect(engine, request("r", range(10, 60), max_output_tokens=1500), cancel)
     assert items[-1].reason == "cancelled"
-    assert (await engine.cached_tokens("r"))["device"] >= 59
+    assert (await engine.cached_tokens("r", "t", range(2000))).tokens["device"] >= 59
 
 
 async def test_closed_iterator_cancels(engine):

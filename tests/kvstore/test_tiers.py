@@ -151,6 +151,28 @@ def test_a_promotion_nobody_waits_for_ends_by_itself():
     store.close()
 
 
+def test_two_who_ask_for_the_same_history_wait_for_one_copy():
+    """A request that comes while its history is being warmed waits for that, and both leave it when they are done."""
+    store = tiered_store()
+    tokens = list(range(150))
+    run_turn(store, "s", b"t", tokens)
+    settle_all(store)
+    for other in range(5):
+        run_turn(store, f"o{other}", b"t", [2000 + other, *range(120)])
+    first = store.promote("s", b"t", np.array(tokens, np.int32))
+    second = store.promote("s", b"t", np.array([*tokens, 1, 2], np.int32))
+    assert second is first
+    store.end_promotion(first)
+    while not second.is_over:
+        store.tend()
+        store.check_integrity()
+    assert store.tiers.counts.promoted_host == len(first.copies)
+    store.end_promotion(second)
+    store.check_integrity()
+    assert run_turn(store, "s", b"t", [*tokens, 9]) > 100
+    store.close()
+
+
 def test_keys_depend_on_all_that_rows_depend_on():
     """Another token anywhere before, another tenant, model or layout gives another key; a longer path the same ones."""
     layout, tokens = make_layout(), np.arange(100, dtype=np.int32)

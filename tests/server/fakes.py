@@ -182,6 +182,10 @@ class FakeSessions:
         self._own(tenant, session_id)
         return {"epoch": 1, "head_seq": len(self.logs[session_id]), "mode": "replay", "events": [], "warm": warm}
 
+    async def session_cache(self, tenant: str, session_id: str) -> dict[str, Any]:
+        self._own(tenant, session_id)
+        return {"tokens": 20, "device": 12, "host": 0, "disk": 8, "restore_ms_estimate": 1.5}
+
     async def drain(self, timeout_s: float) -> None:
         self.drained = True
 

@@ -23,6 +23,8 @@ async def test_session_life(served):
         assert listed == {"object": "list", "data": [{**created.json(), "title": "Two"}], "has_more": False}
         resumed = (await http.post(f"{path}/resume", json={"epoch": 1, "after_seq": 0, "warm": True})).json()
         assert (resumed["head_seq"], resumed["warm"]) == (1, True)
+        cache = (await http.get(f"{path}/cache")).json()
+        assert (cache["tokens"], cache["device"], cache["disk"]) == (20, 12, 8)
         deleted = await http.delete(path)
         assert deleted.json() == {"id": session_id, "object": "session", "deleted": True}
         assert (await http.get(path)).status_code == 404

@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from chatserve.engine.api import EngineInfo, Finished, GenerationRequest, Progress, Started, Tokens
+from chatserve.engine.api import EngineInfo, Finished, GenerationRequest, Held, Progress, Started, Tokens
 from chatserve.storage.session_store import SessionStore, StorageUnavailable
 
 
@@ -31,6 +31,7 @@ class FakeEngine:
         self.held: dict[str, list[int]] = {}
         self.failure: BaseException | None = None
         self.extra: list[Progress] = []
+        self.warmed: list[tuple[str, str, list[int]]] = []
         self.deaf = False
         self._choose = choose
         self._pace_s = pace_s
@@ -84,8 +85,11 @@ class FakeEngine:
     def forget_session(self, session_id: str) -> None:
         self.held.pop(session_id, None)
 
-    async def cached_tokens(self, session_id: str) -> dict[str, int]:
-        return {"device": len(self.held.get(session_id, []))}
+    def warm_session(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> None:
+        self.warmed.append((session_id, tenant, list(token_ids)))
+
+    async def cached_tokens(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> Held:
+        return Held({"device": len(self.held.get(session_id, []))})
 
 
 class UnreliableStore:

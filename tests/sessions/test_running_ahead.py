@@ -64,6 +64,23 @@ async def test_the_engine_begins_before_the_turn_is_written(stage: Stage) -> Non
     assert len(engine.requests) == engine.num_over == 1
 
 
+async def test_whoever_is_about_to_speak_has_the_history_warmed(stage: Stage) -> None:
+    """Attaching or typing tells the engine of the history once, not at every key; a new session has none."""
+    engine = WatchedEngine()
+    chat = await stage.start(engine, None, LIMITS)
+    session_id = await chat.create()
+    await chat.manager.typing("t", session_id)
+    assert engine.warmed == []
+    await chat.send(session_id, "a", max_output_tokens=5, ignore_eos=True)
+    events = await chat.events(session_id)
+    for _ in range(3):
+        await chat.manager.typing("t", session_id)
+        await chat.manager.attach("t", session_id, None, None)
+    (warmed,) = engine.warmed
+    assert warmed[:2] == (session_id, "t")
+    assert len(warmed[2]) == events[-1]["response"]["usage"]["total_tokens"]
+
+
 async def test_a_turn_that_cannot_be_written_is_taken_back(stage: Stage) -> None:
     """Refused by the store, it leaves the engine and the log; the session goes on with the next one."""
     engine = WatchedEngine(gated=True)

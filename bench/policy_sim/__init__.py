@@ -1,0 +1,1 @@
+"""Replays of chat traffic through the prefix index and its eviction policies, in simulated time."""
