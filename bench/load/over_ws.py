@@ -90,26 +90,30 @@ class WsConnection:
 
 
 class WsSession:
-    """One session on a connection; `open` makes and follows it."""
+    """One session on a connection; `open` makes and follows it, `attach` goes on with one that there is."""
 
     def __init__(self, connection: WsConnection, session: int) -> None:
+        self.session_id = ""
+        self.number = session
         self._connection = connection
-        self._session = session
-        self._session_id = ""
 
     async def open(self) -> None:
         """Make the session and follow it."""
         created = await self._connection.command("session.create", key=self._connection.key())
-        self._session_id = created["session"]["id"]
-        self._events = self._connection.events_of(self._session_id)
-        await self._connection.command("session.attach", session_id=self._session_id)
+        await self.attach(created["session"]["id"])
+
+    async def attach(self, session_id: str) -> None:
+        """Follow a session."""
+        self.session_id = session_id
+        self._events = self._connection.events_of(session_id)
+        await self._connection.command("session.attach", session_id=session_id)
 
     async def take_turn(self, number: int, input_ids: list[int], num_output: int) -> Turn:
         """Say `input_ids`; the server has the rest."""
-        turn = Turn(self._session, number, time.perf_counter())
+        turn = Turn(self.number, number, time.perf_counter())
         await self._connection.command(
             "response.create",
-            session_id=self._session_id,
+            session_id=self.session_id,
             key=self._connection.key(),
             input=[{"type": "token_ids", "token_ids": input_ids}],
             max_output_tokens=num_output,

@@ -45,18 +45,27 @@ class Server:
         """The most main memory each process has held."""
         return {_label(pid, self.pid): _peak_rss_mib(pid) for pid in self._pids()}
 
+    def children(self) -> list[int]:
+        """The engine's and Redis's process ids."""
+        paths = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return [int(pid) for path in paths for pid in path.read_text().split()]
+
+    def wait(self) -> None:
+        """Return when the server has ended."""
+        while self.pid is not None and _is_running(self.pid):
+            time.sleep(0.005)
+
     def _pids(self) -> list[int]:
-        if self.pid is None:
-            return []
-        children = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return [self.pid, *(int(pid) for path in children for pid in path.read_text().split())]
+        return [] if self.pid is None else [self.pid, *self.children()]
 
 
 @contextlib.contextmanager
-def started(arguments: Sequence[str], log: Path, program: Sequence[str] = SERVE) -> Iterator[Server]:
-    """A server with these arguments, its standard error in `log`."""
+def started(
+    arguments: Sequence[str], log: Path, program: Sequence[str] = SERVE, data_dir: Path | None = None
+) -> Iterator[Server]:
+    """A server with these arguments, its standard error in `log`; what it keeps goes at the end without a `data_dir`."""
     with tempfile.TemporaryDirectory() as directory, log.open("ab") as stderr:
-        command = [sys.executable, "-m", *program, "--port=0", f"--data-dir={directory}/data", *arguments]
+        command = [sys.executable, "-m", *program, "--port=0", f"--data-dir={data_dir or directory}/data", *arguments]
         began_s = time.perf_counter()
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=_environment()
@@ -65,6 +74,13 @@ def started(arguments: Sequence[str], log: Path, program: Sequence[str] = SERVE)
                 yield _ready(process, began_s, log)
             finally:
                 _stop(process)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def _environment() -> dict[str, str]:

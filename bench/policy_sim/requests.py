@@ -87,7 +87,9 @@ def make_scan(seed: int = 2, *, every_s: float = 1.0, num_blocks: int = 24) -> l
     """The chat, and beside it documents that are read once: several times as many blocks, none used again."""
     chat, blocks = make_chat(Chat(sessions_per_s=0.2), seed), count(10**6)
     reads = [
-        Request(every_s * number, (0, 1, *(next(blocks) for _ in range(num_blocks))), num_blocks * 512, f"read-{number}")
+        Request(
+            every_s * number, (0, 1, *(next(blocks) for _ in range(num_blocks))), num_blocks * 512, f"read-{number}"
+        )
         for number in range(int(chat[-1].time_s / every_s))
     ]
     return sorted([*chat, *reads], key=lambda request: request.time_s)

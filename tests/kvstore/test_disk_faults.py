@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.disk import DirectoryUnusable, DiskTier, Reason, TierState
 from kvstore.disk.files import FileCalls
-from tests.kvstore.test_disk import bytes_on_disk, key_of, open_tier, payload_of, put, read, right_records
+from tests.kvstore.test_disk import QuickCalls, bytes_on_disk, key_of, open_tier, payload_of, put, read, right_records
 
 DROPPED = [number for number in range(24) if number % 3]
 KEPT = [number for number in range(32) if number not in DROPPED]
@@ -30,7 +30,7 @@ class Countdown:
             raise self.fault
 
 
-class FaultyCalls(FileCalls):
+class FaultyCalls(QuickCalls):
     """The nth call fails, or all of those from the nth on do; a write that fails has written half."""
 
     def __init__(self, number=0, fault=None, *, lasting=False):
@@ -186,13 +186,13 @@ def let_go(path):
 
 def check_survivors(path, acknowledged):
     """After any end: what was acknowledged and not dropped is there, nothing is wrong, and the store goes on."""
-    with open_tier(path, pages=120) as tier:
+    with open_tier(path, pages=120, calls=QuickCalls()) as tier:
         missing = [n for n in acknowledged - set(DROPPED) if read(tier, key_of(n)) != payload_of(key_of(n))]
         assert missing == []
         right_records(tier)
         assert put(tier, *range(200, 240))
         assert bytes_on_disk(path) <= tier.budget_bytes
-    with open_tier(path, pages=120) as tier:
+    with open_tier(path, pages=120, calls=QuickCalls()) as tier:
         assert all(read(tier, key_of(n)) is not None for n in range(200, 240))
 
 
