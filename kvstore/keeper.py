@@ -17,7 +17,7 @@ from kvstore.pool import PageState
 from kvstore.residency import Residency
 from kvstore.results import NO_PAGES, Boundary, Insertion, Match
 from kvstore.session import Session
-from kvstore.tiers import Tiers
+from kvstore.tiers import Promotion, Tiers
 
 
 class Keeper:
@@ -32,12 +32,25 @@ class Keeper:
         self._index = residency.index
         self.tiers: Tiers | None = None
 
-    def adopt(self, salt: bytes, tokens: TokenArray, before: PageArray, pages: PageArray) -> None:
-        """Index the complete pages of a path that came from another tier, behind those before them."""
-        insertion = self._index.insert(salt, tokens, np.concatenate((before, pages)))
+    def adopt(self, promotion: Promotion) -> None:
+        """Index pages that came from another tier, behind those before them; a tail unless longer content is there."""
+        salt, tokens = promotion.salt, promotion.tokens
+        complete = promotion.pages[: len(promotion.pages) - promotion.has_tail]
+        path = np.concatenate((promotion.before, complete))
+        insertion = self._index.insert(salt, tokens, path)
         self._pool.publish(insertion.pages[insertion.num_known :])
         self._drop(insertion.dropped)
         self._tell_tiers(salt, tokens, insertion)
+        if promotion.has_tail:
+            self._adopt_tail(salt, tokens, insertion.pages, promotion.pages[-1:])
+
+    def _adopt_tail(self, salt: bytes, tokens: TokenArray, before: PageArray, page: PageArray) -> None:
+        insertion = self._index.insert_tail(salt, tokens, int(page[0]))
+        if insertion.taken:
+            self._pool.publish(page)
+            if self.tiers is not None:
+                self.tiers.tail_indexed(salt, tokens, before, int(page[0]))
+        self._drop(insertion.dropped)
 
     def restore(self, session: Session, tokens: TokenArray) -> None:
         """Give an unleased session the rows of the longest prefix of `tokens` there is, and pin them.
@@ -184,6 +197,8 @@ class Keeper:
         insertion = self._index.insert_tail(session.salt, session.lease.tokens.view, page, session.resident)
         if insertion.taken and self._pool.state(page) is PageState.PRIVATE:
             self._pool.publish(as_page_array([page]))
+        if insertion.taken and self.tiers is not None:
+            self.tiers.tail_indexed(session.salt, session.lease.tokens.view, tensor.pages.view[:num_pages], page)
         if insertion.dropped is not None and insertion.dropped.page != page:
             self._drop(insertion.dropped)
         return insertion.taken
@@ -195,6 +210,8 @@ class Keeper:
         owner = self._residency.sessions.get(tail.owner.session_id) if tail.owner else None
         if owner is not None and owner.lease is None:
             self._residency.cut(owner, owner.resident.num_pages)
+        if self.tiers is not None:
+            self.tiers.forget(as_page_array([tail.page]))
         self._pool.withdraw(as_page_array([tail.page]))
 
 

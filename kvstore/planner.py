@@ -201,7 +201,8 @@ class EvictionPlanner:
         self._clock = clock
         self._model = model or ReturnModel()
         self._kept: dict[str, SessionRecord] = {}
-        self._read_s: float | None = None
+        self._outlooks: dict[str, Outlook] = {}
+        self._known_until_s = -math.inf
         self._refit_s = -math.inf
         self._away = False
         self._stopping = threading.Event()
@@ -227,11 +228,17 @@ class EvictionPlanner:
         for record in changed:
             self._model.observe(record, now_s)
         self._keep(changed)
+        self._expect(now_s, changed)
+        self._policy.plan = Plan(dict(self._outlooks), self._model.stranger, self._known_until_s)
+
+    def _expect(self, now_s: float, changed: Iterable[SessionRecord]) -> None:
+        """An outlook for each record kept: for the changed ones, and for all when the model has learned."""
+        stale = [record for record in changed if record.session_id in self._kept]
         if now_s >= self._refit_s + REFIT_S:
             self._model.refit(now_s)
-            self._refit_s = now_s
-        outlooks = {session_id: self._model.outlook(record) for session_id, record in self._kept.items()}
-        self._policy.plan = Plan(outlooks, self._model.stranger)
+            self._refit_s, stale = now_s, list(self._kept.values())
+        for record in stale:
+            self._outlooks[record.session_id] = self._model.outlook(record)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -239,7 +246,7 @@ class EvictionPlanner:
             self._stopping.wait(self._period_s)
 
     def _changed(self, now_s: float) -> list[SessionRecord]:
-        since_s = now_s - HISTORY_S if self._read_s is None else self._read_s - OVERLAP_S
+        since_s = max(self._known_until_s, now_s - HISTORY_S)
         try:
             changed = self._records.changed_since(since_s)
         except Exception as error:  # noqa: BLE001 - any store may be behind it; plans go on without it
@@ -247,7 +254,7 @@ class EvictionPlanner:
             return []
         if self._away:
             logger.info("session records can be read again")
-        self._away, self._read_s = False, now_s
+        self._away, self._known_until_s = False, now_s - OVERLAP_S
         return changed
 
     def _note_away(self, error: Exception) -> None:
@@ -258,7 +265,8 @@ class EvictionPlanner:
     def _keep(self, changed: Iterable[SessionRecord]) -> None:
         """The newest record of each session that holds pages, and of no other."""
         holders = set(self._holders())
-        self._kept = {session_id: record for session_id, record in self._kept.items() if session_id in holders}
+        for session_id in self._kept.keys() - holders:
+            del self._kept[session_id], self._outlooks[session_id]
         self._kept |= {record.session_id: record for record in changed if record.session_id in holders}
 
 

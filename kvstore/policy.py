@@ -30,7 +30,6 @@ PRIOR_HAZARD: npt.NDArray[np.float64] = PRIOR_RETURNS / (PRIOR_AGE_S + AGE_EDGES
 RECHECK_FRACTION = 1 / 8  # of its age: a rank is asked for again before it can have changed much
 MIN_RECHECK_S = 1.0
 MAX_RECHECK_S = 60.0  # also how long a change of its record may stay unnoticed where it lowers the rank
-RECORDS_LAG_S = 1.0  # a use this much later than the last record is not in the records
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +102,14 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a planner knows: an outlook by session id, and the curve of a session that it knows nothing about."""
+    """What a planner knows: an outlook by session id, and the curve of a session that it knows nothing about.
+
+    Turns before `known_until_s`, in seconds since the epoch, are in the outlooks; later ones may not be.
+    """
 
     sessions: Mapping[str, Outlook] = field(default_factory=dict)
     stranger: Sequence[float] = tuple(PRIOR_HAZARD.tolist())
+    known_until_s: float = -math.inf
 
 
 class ReturnPolicy:
@@ -117,8 +120,8 @@ class ReturnPolicy:
     an eighth (curves are steps in the logarithm of the age), which is a few times a minute for a young leaf and once a
     minute for an old one, never a sort of all. Between these times a rank may only rise, and that is seen at once.
 
-    Without a planner, or with one whose records stopped, ages come from the index, by the store's own clock: what is
-    not explained by a record counts as the use of a stranger, and strangers go by age.
+    Without a planner, or with one whose records stopped, ages come from the index, by the store's own clock: a use that
+    is in no record counts as that of a stranger, and strangers go by age.
     """
 
     def __init__(
@@ -154,12 +157,15 @@ class ReturnPolicy:
         if not known:
             return max(1, sum(1 for _ in session_ids)) * rate_at(plan.stranger, idle_s)
         rate = math.fsum(outlook.rate(now_s) for outlook in known)
-        if max(outlook.active_s for outlook in known) < now_s - idle_s - RECORDS_LAG_S:
+        if now_s - idle_s >= plan.known_until_s:
             rate += rate_at(plan.stranger, idle_s)
         return rate if len(known) == 1 else rate + _shared_rate(known, now_s, idle_s)
 
 
 def _shared_rate(known: Sequence[Outlook], now_s: float, idle_s: float) -> float:
-    """Sessions per second that begin with what these share: as many as did so, but none that kept away for long."""
+    """New sessions per second that begin with what these share, at the rate at which these did, if none came for long.
+
+    It takes two to share by chance, so the third is the first that tells of a rate.
+    """
     span_s = now_s - min(outlook.active_s for outlook in known)
-    return min((len(known) - 1) / max(span_s, 1.0), 1.0 / max(idle_s, 1.0))
+    return min((len(known) - 2) / max(span_s, 1.0), 1.0 / max(idle_s, 1.0))

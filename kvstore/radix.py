@@ -54,6 +54,17 @@ class RadixIndex:
         match = Match(depth, pages, boundary, path[-1].owner_of(len(pages), self._layout))
         return match if boundary or not num_bytes else match.without_boundary(self._layout)
 
+    def depth(self, salt: bytes, token_ids: Sequence[int] | TokenArray) -> int:
+        """How many leading tokens a match would have; changes nothing."""
+        tokens = as_token_array(token_ids)
+        path, depth = self._walk(salt, tokens)
+        if (
+            not self._layout.boundary_bytes(depth)
+            or self._find_page(path[-1], self._layout.complete_pages(depth)) is not None
+        ):
+            return depth
+        return self._layout.complete_tokens(self._layout.complete_pages(depth))
+
     def lookup(self, salt: bytes, token_ids: Sequence[int] | TokenArray) -> PageArray:
         """The complete pages known for a prefix of `token_ids`; changes nothing."""
         path, depth = self._walk(salt, as_token_array(token_ids))

@@ -128,7 +128,9 @@ class KVStore:
         """How many tokens of a history were brought back from which tier since anybody leased them last."""
         if self.tiers is None or not self.tiers.has_sources:
             return {}
-        return self.tiers.take_sources(self._index.lookup(self._namespace(session_id, salt), token_ids))
+        match = self._index.match(self._namespace(session_id, salt), as_token_array(token_ids)[:-1])
+        boundary = [match.boundary.page] if match.boundary else []
+        return self.tiers.take_sources([*match.pages.tolist(), *boundary], match.num_tokens)
 
     def tend(self, *, idle: bool = False) -> bool:
         """Take care of what moves between tiers, once a step; whether anything is on its way. `idle`: nothing runs."""
@@ -227,7 +229,8 @@ class KVStore:
         return Tiers(
             self.layout, self._pool, keys, host, below.transfers,
             below.open_disk(keys.fingerprint, self.layout.page_bytes) if below.open_disk else None,
-            insert=self._keeper.adopt, lookup=self._index.lookup, allocate=self._residency.allocate,
+            insert=self._keeper.adopt, depth=self._index.depth, lookup=self._index.lookup,
+            allocate=self._residency.allocate,
         )  # fmt: skip
 
     def _unleased(self, session_id: str) -> Session | None:

@@ -26,7 +26,6 @@ from kvstore.transfer import Transfer, Transfers
 
 MAX_BATCH_BYTES = 16 << 20  # of one copy down: what a copy up may have to wait for
 SHORT_SHARE = 4  # the device is short when less than one part in so many can be handed out
-Insert = Callable[[bytes, TokenArray, PageArray, PageArray], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,14 @@ class Below:
     open_disk: Callable[[bytes, int], DiskTier] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A page whose first `num_bytes` are the rows of a path's last tokens."""
+
+    key: bytes
+    num_bytes: int
+
+
 @dataclass(slots=True)
 class Offload:
     """Pages on their way to host memory."""
@@ -53,8 +60,9 @@ class Offload:
 
 @dataclass(eq=False, slots=True)
 class Promotion:
-    """The rows of `tokens` [before * page, after * page) on their way up, behind pages that are held meanwhile.
+    """The rows of `tokens` behind those of the pages `before`, which are held meanwhile, on their way up.
 
+    `has_tail`: the last page is not complete, its rows are those of the last tokens.
     `num_host` and `num_disk` pages come from each tier; `num_wanted` requests wait for them. Ask `is_over` until it is;
     then lease, and `Tiers.end` it.
     """
@@ -65,6 +73,7 @@ class Promotion:
     pages: PageArray
     copies: list[HostPage]
     num_disk: int
+    has_tail: bool
     began_s: float
     reading: Future[int] | None = None
     transfer: Transfer | None = None
@@ -107,7 +116,8 @@ class Tiers:
     host: HostTier
     transfers: Transfers
     disk: DiskTier | None
-    insert: Insert
+    insert: Callable[[Promotion], None]
+    depth: Callable[[bytes, TokenArray], int]
     lookup: Callable[[bytes, TokenArray], PageArray]
     allocate: Callable[[int], PageArray]
     counts: TierCounts = field(default_factory=TierCounts)
@@ -115,6 +125,7 @@ class Tiers:
     host_cost: LinearCost = field(default_factory=LinearCost)  # of pages that come back from host memory
     disk_cost: LinearCost = field(default_factory=LinearCost)  # of pages some of which come from disk
     _key_of: dict[int, bytes] = field(default_factory=dict)  # of every complete page in the index
+    _tail_of: dict[int, Tail] = field(default_factory=dict)  # of tails in it
     _source_of: dict[int, str] = field(default_factory=dict)  # of promoted pages, until a turn uses them
     _to_offload: deque[int] = field(default_factory=deque)  # pages, perhaps gone or saved since
     _to_write: deque[bytes] = field(default_factory=deque)  # keys, perhaps forgotten since
@@ -137,13 +148,23 @@ class Tiers:
         for index in range(num_known, len(pages)):
             page = int(pages[index])
             key = self._key_of[page] = self.keys.page(key, tokens[first(index) : first(index + 1)])
+            self._tail_of.pop(page, None)
             if not self._is_below(key):
                 self._to_offload.append(page)
+
+    def tail_indexed(self, salt: bytes, tokens: TokenArray, before: PageArray, page: int) -> None:
+        """A path's last page, with rows up to its end, is in the index since now, behind the complete ones."""
+        key = self._key_of[int(before[-1])] if len(before) else self.keys.root(salt)
+        key = self.keys.tail(key, tokens[self.keys.first_token(len(before)) :])
+        self._tail_of[page] = Tail(key, self.layout.boundary_bytes(len(tokens)))
+        if not self._is_below(key):
+            self._to_offload.append(page)
 
     def forget(self, pages: PageArray) -> None:
         """These pages leave the index; what was copied of them stays below."""
         for page in pages.tolist():
             self._key_of.pop(page, None)
+            self._tail_of.pop(page, None)
             self._source_of.pop(page, None)
 
     @property
@@ -151,14 +172,14 @@ class Tiers:
         """Whether anything was brought back that no turn has used yet."""
         return bool(self._source_of)
 
-    def take_sources(self, pages: PageArray) -> dict[str, int]:
-        """Tokens of a path's first pages by the tier they were brought back from; each page is told of once."""
-        tokens = self.layout.complete_tokens
+    def take_sources(self, pages: Sequence[int], num_tokens: int) -> dict[str, int]:
+        """Tokens in a path's pages by the tier they were brought back from; each page is told of once."""
         counts = dict.fromkeys(("host", "disk"), 0)
-        for index, page in enumerate(pages.tolist()):
+        for index, page in enumerate(pages):
             source = self._source_of.pop(page, None)
             if source is not None:
-                counts[source] += tokens(index + 1) - tokens(index)
+                start, end = self.layout.complete_tokens(index), self.layout.complete_tokens(index + 1)
+                counts[source] += min(end, num_tokens) - start
         return counts
 
     def tend(self, *, idle: bool = False) -> None:
@@ -176,15 +197,15 @@ class Tiers:
         if not len(self.host) and self.disk is None:
             return None
         before = self.lookup(salt, tokens)
-        keys = self._keys_below(salt, tokens, len(before))
-        if not keys:
+        found = self._find_below(salt, tokens, len(before))
+        if not found:
             return None
-        if (coming := self._find_coming(keys[0])) is not None:
+        if (coming := self._find_coming(found[0].key)) is not None:
             coming.num_wanted += 1
             return coming
-        if not self._is_worth_it(len(before), keys):
+        if not self._is_worth_it(len(before), found):
             return None
-        copies, num_disk = self._collect(keys)
+        copies, num_disk = self._collect(found)
         if not copies:
             return None
         self.pool.ref(before)
@@ -194,23 +215,24 @@ class Tiers:
             self.pool.unref(before)
             self._let_go(copies)
             return None
-        end = self.layout.tokens_to_fill(len(before) + len(copies))
-        promotion = Promotion(salt, tokens[:end], before, pages, copies, num_disk, time.monotonic())
+        has_tail = copies[-1].num_bytes < self.layout.page_bytes
+        end = self._end_of(len(before), copies)
+        promotion = Promotion(salt, tokens[:end], before, pages, copies, num_disk, has_tail, time.monotonic())
         self._begin_promotion(promotion)
         self._promotions.append(promotion)
         return promotion
 
     def below(self, salt: bytes, tokens: TokenArray, num_before: int) -> dict[str, int]:
         """Tokens behind the first `num_before` pages that host memory, and then the disk, would give."""
-        keys = self._keys_below(salt, tokens, num_before)
-        num_host = sum(1 for _ in takewhile(self.host.__contains__, keys))
-        ends = [self.layout.complete_tokens(num_before + count) for count in (0, num_host, len(keys))]
+        found = self._find_below(salt, tokens, num_before)
+        num_host = sum(1 for _ in takewhile(lambda page: page.key in self.host, found))
+        ends = [self._rows_of(num_before, found[:count]) for count in (0, num_host, len(found))]
         return {"host": ends[1] - ends[0], "disk": ends[2] - ends[1]}
 
     def restore_s(self, salt: bytes, tokens: TokenArray, num_before: int) -> float:
         """How long bringing these back would take, by what it took before; 0 for nothing."""
-        keys = self._keys_below(salt, tokens, num_before)
-        return self._cost_of(all(key in self.host for key in keys)).estimate(len(keys)) if keys else 0.0
+        found = self._find_below(salt, tokens, num_before)
+        return self._cost_of(found).estimate(len(found)) if found else 0.0
 
     def end(self, promotion: Promotion) -> None:
         """The promotion's pages need not be held any more, or, before it is over, not longer than until then."""
@@ -260,10 +282,10 @@ class Tiers:
         copies: list[HostPage] = []
         while self._to_offload and len(pages) < self._batch_pages:
             page = self._to_offload[0]
-            key = self._key_of.get(page)
-            if key is not None and not self._is_below(key):
-                copy = self.host.reserve(key, self.layout.page_bytes)
-                if copy is None and key not in self.host:
+            named = self._named(page)
+            if named is not None and not self._is_below(named.key):
+                copy = self.host.reserve(named.key, named.num_bytes)
+                if copy is None and named.key not in self.host:
                     break  # host memory is full of what is on its way
                 if copy is not None:
                     pages.append(page)
@@ -273,6 +295,11 @@ class Tiers:
             array = as_page_array(pages)
             self.pool.ref(array)
             self._offload = Offload(array, copies, self.transfers.down(pages, [copy.buffer for copy in copies]))
+
+    def _named(self, page: int) -> Tail | None:
+        """What the page holds, complete or not; None where it left the index."""
+        key = self._key_of.get(page)
+        return self._tail_of.get(page) if key is None else Tail(key, self.layout.page_bytes)
 
     def _finish_offload(self) -> None:
         offload = self._offload
@@ -311,46 +338,73 @@ class Tiers:
         else:
             self.counts.failed += len(writing.copies)
 
-    def _keys_below(self, salt: bytes, tokens: TokenArray, num_before: int) -> list[bytes]:
-        """The keys of the pages behind the first ones that lie below, up to the first that does not."""
-        return list(takewhile(self._is_below, self.keys.of_path(salt, tokens)[num_before:]))
+    def _find_below(self, salt: bytes, tokens: TokenArray, num_before: int) -> list[Tail]:
+        """The pages behind the first ones that lie below, up to the first that does not, or a tail in its place."""
+        keys = self.keys.of_path(salt, tokens)
+        below = list(takewhile(self._is_below, keys[num_before:]))
+        found = [Tail(key, self.layout.page_bytes) for key in below]
+        num_pages = num_before + len(below)
+        tail = self._find_tail(keys[num_pages - 1] if num_pages else self.keys.root(salt), tokens, num_pages)
+        if tail is not None and (found or self._rows_of(num_before, [tail]) > self.depth(salt, tokens)):
+            found.append(tail)
+        return found
+
+    def _find_tail(self, before: bytes, tokens: TokenArray, num_pages: int) -> Tail | None:
+        """The longest tail below that continues a path's complete pages; each length has a key of its own."""
+        first = self.keys.first_token(num_pages)
+        most = min(len(tokens), self.keys.first_token(num_pages + 1) - 1)
+        for end in range(most, first - 1, -1):
+            num_bytes = self.layout.boundary_bytes(end)
+            key = self.keys.tail(before, tokens[first:end])
+            if num_bytes and self._is_below(key):
+                return Tail(key, num_bytes)
+        return None
+
+    def _rows_of(self, num_before: int, pages: Sequence[Tail | HostPage]) -> int:
+        """Tokens whose rows lie in these pages and the ones before."""
+        num_bytes = num_before * self.layout.page_bytes + sum(page.num_bytes for page in pages)
+        return num_bytes // self.layout.token_bytes
+
+    def _end_of(self, num_before: int, copies: Sequence[HostPage]) -> int:
+        """Where the path ends that these pages complete, or whose rows the last of them has."""
+        if copies and copies[-1].num_bytes < self.layout.page_bytes:
+            return self._rows_of(num_before, copies)
+        return self.layout.tokens_to_fill(num_before + len(copies))
 
     def _find_coming(self, key: bytes) -> Promotion | None:
         """A promotion that is bringing this page back already."""
         active = (promotion for promotion in self._promotions if not promotion.is_over)
         return next((found for found in active if any(copy.key == key for copy in found.copies)), None)
 
-    def _is_worth_it(self, num_before: int, keys: Sequence[bytes]) -> bool:
+    def _is_worth_it(self, num_before: int, found: Sequence[Tail]) -> bool:
         """Whether bringing these pages back takes less time than computing their tokens, as far as that is known."""
-        cost = self._cost_of(all(key in self.host for key in keys))
-        tokens = self.layout.complete_tokens
-        num_tokens = tokens(num_before + len(keys)) - tokens(num_before)
+        num_tokens = self._rows_of(num_before, found) - self._rows_of(num_before, [])
         computing_s = self.prefill_cost.estimate(num_tokens) - self.prefill_cost.estimate(0)
-        return not self.prefill_cost.is_known or cost.estimate(len(keys)) <= computing_s
+        return not self.prefill_cost.is_known or self._cost_of(found).estimate(len(found)) <= computing_s
 
-    def _cost_of(self, is_host: bool) -> LinearCost:
-        return self.host_cost if is_host else self.disk_cost
+    def _cost_of(self, pages: Sequence[Tail | HostPage]) -> LinearCost:
+        return self.host_cost if all(page.key in self.host for page in pages) else self.disk_cost
 
-    def _collect(self, keys: Sequence[bytes]) -> tuple[list[HostPage], int]:
-        """Held host pages for as many of the keys, from the first on, as there are; the last ones still to be read."""
+    def _collect(self, found: Sequence[Tail]) -> tuple[list[HostPage], int]:
+        """Held host pages for as many, from the first on, as there are; the last ones still to be read."""
         copies: list[HostPage] = []
-        for key in keys:
-            copy = self.host.pin(key)
+        for page in found:
+            copy = self.host.pin(page.key)
             if copy is None:
                 break
             copies.append(copy)
         num_host = len(copies)
-        for key in keys[num_host:]:
-            copy = self._reserve_to_read(key)
+        for page in found[num_host:]:
+            copy = self._reserve_to_read(page)
             if copy is None:
                 break
             copies.append(copy)
         return copies, len(copies) - num_host
 
-    def _reserve_to_read(self, key: bytes) -> HostPage | None:
-        if self.disk is None or not self.disk.contains(key):
+    def _reserve_to_read(self, page: Tail) -> HostPage | None:
+        if self.disk is None or not self.disk.contains(page.key):
             return None
-        return self.host.reserve(key, self.layout.page_bytes)
+        return self.host.reserve(page.key, page.num_bytes)
 
     def _begin_promotion(self, promotion: Promotion) -> None:
         if promotion.num_disk and self.disk is not None:
@@ -387,8 +441,9 @@ class Tiers:
     def _shorten(self, promotion: Promotion, num_pages: int) -> None:
         self.pool.unref(promotion.pages[num_pages:])
         promotion.pages = promotion.pages[:num_pages]
+        promotion.has_tail = promotion.has_tail and num_pages == len(promotion.copies)
         promotion.copies = promotion.copies[:num_pages]
-        promotion.tokens = promotion.tokens[: self.layout.tokens_to_fill(len(promotion.before) + num_pages)]
+        promotion.tokens = promotion.tokens[: self._end_of(len(promotion.before), promotion.copies)]
 
     def _finish_promotion(self, promotion: Promotion, transfer: Transfer) -> None:
         self._let_go(promotion.copies)
@@ -399,14 +454,15 @@ class Tiers:
         elif promotion.copies:
             self.counts.promoted_host += promotion.num_host
             self.counts.promoted_disk += promotion.num_disk
-            self._cost_of(not promotion.num_disk).observe(len(promotion.copies), promotion.seconds)
-            self.insert(promotion.salt, promotion.tokens, promotion.before, promotion.pages)
+            cost = self.disk_cost if promotion.num_disk else self.host_cost
+            cost.observe(len(promotion.copies), promotion.seconds)
+            self.insert(promotion)
             self._note_sources(promotion)
         self._release_unwanted(promotion)
 
     def _note_sources(self, promotion: Promotion) -> None:
         for index, page in enumerate(promotion.pages.tolist()):
-            if page in self._key_of:  # else someone else's page with the same rows was there first
+            if self._named(page) is not None:  # else someone else's page with the same rows was there first
                 self._source_of[page] = "host" if index < promotion.num_host else "disk"
 
     def _let_go(self, copies: Sequence[HostPage]) -> None:

@@ -63,7 +63,7 @@ class Server:
 def started(
     arguments: Sequence[str], log: Path, program: Sequence[str] = SERVE, data_dir: Path | None = None
 ) -> Iterator[Server]:
-    """A server with these arguments, its standard error in `log`; what it keeps goes at the end without a `data_dir`."""
+    """A server with these arguments, its standard error in `log`; without a `data_dir` what it keeps goes with it."""
     with tempfile.TemporaryDirectory() as directory, log.open("ab") as stderr:
         command = [sys.executable, "-m", *program, "--port=0", f"--data-dir={data_dir or directory}/data", *arguments]
         began_s = time.perf_counter()

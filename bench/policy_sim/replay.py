@@ -82,13 +82,19 @@ class Records:
 
 
 class Replay:
-    """`budget_tokens` of pages, evicted by `policy` one at a time, under requests in the order of their times."""
+    """`budget_tokens` of pages, evicted by `policy` as the store does it, under requests in the order of their times.
 
-    def __init__(self, budget_tokens: int, policy: EvictionPolicy, costs: TokenCosts, clock: Clock) -> None:
+    The store takes as many pages as it needs from the end of one path; `singly` asks the policy after each.
+    """
+
+    def __init__(
+        self, budget_tokens: int, policy: EvictionPolicy, costs: TokenCosts, clock: Clock, *, singly: bool = False
+    ) -> None:
         self.clock = clock
         self.sessions: dict[str, Resident] = {}
         self.score = Score()
         self._costs = costs
+        self._singly = singly
         self._index = RadixIndex(LAYOUT, b"replay", policy=policy, clock=clock)
         self._free = list(range(budget_tokens // BLOCK_TOKENS))
 
@@ -112,7 +118,8 @@ class Replay:
 
     def _make_room(self, num_pages: int, pinned: set[int]) -> None:
         while len(self._free) < num_pages:
-            eviction = self._index.evict(1, pinned.__contains__)
+            missing = 1 if self._singly else num_pages - len(self._free)
+            eviction = self._index.evict(missing, pinned.__contains__)
             if not eviction.pages:
                 return
             self._free += eviction.pages
@@ -170,7 +177,7 @@ def replay_lru(requests: Sequence[Request], budget_tokens: int, costs: TokenCost
 def replay_clairvoyant(requests: Sequence[Request], budget_tokens: int, costs: TokenCosts) -> Score:
     """What could be had by knowing the future."""
     policy = Clairvoyant(requests)
-    replay = Replay(budget_tokens, policy, costs, Clock())
+    replay = Replay(budget_tokens, policy, costs, Clock(), singly=True)
     for policy.number, request in enumerate(requests):
         replay.serve(request)
     return replay.score
