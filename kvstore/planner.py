@@ -40,7 +40,7 @@ PRIOR_COUNT = 4.0  # returns that a prior weighs as much as, in each bin and eac
 FIT_ROUNDS = 4
 
 PRIOR_PAUSE_S = 60.0
-PACE_PRIOR_COUNT = 2.0  # pauses of the average person that a person's own are weighed against
+PACE_PRIOR_COUNT = 5.0  # pauses of the average person that a person's own are weighed against
 MAX_PACE_COUNT = 5  # a running average knows no more pauses than that
 
 PINNED_WEIGHT = 1e30  # above all that is not pinned, and still in order among themselves
@@ -96,7 +96,8 @@ class ReturnModel:
         pause = self._pauses.get(record.session_id)
         if pause is None:
             self._admit(record.session_id, now_s)
-            self._pauses[record.session_id] = self._pause_of(record, 0.0)
+            age = max(0.0, now_s - record.last_activity_s) / self.pace_of(record)
+            self._pauses[record.session_id] = self._pause_of(record, age)  # of the time before, nothing is known
         elif record.last_activity_s > pause.active_s or record.turns > pause.turns:
             self._end(pause, record.last_activity_s, returned=record.turns > pause.turns)
             self._pauses[record.session_id] = self._pause_of(record, 0.0)
@@ -123,8 +124,7 @@ class ReturnModel:
 
     def _draw(self, waited: Array) -> None:
         self._hazard, self._factors = _fit(self._returns.reshape(SHAPE), waited.reshape(SHAPE))
-        everybody = (self._returns.sum(0) + PRIOR_COUNT) / (waited.sum(0) + PRIOR_COUNT / PRIOR)
-        self.stranger = worth_of(everybody)
+        self.stranger = worth_of(_by_age(self._returns.sum(0), waited.sum(0)))
         self._curves: dict[int, tuple[float, ...]] = {}
 
     def _admit(self, session_id: str, now_s: float) -> None:
@@ -225,7 +225,7 @@ class EvictionPlanner:
         """Read what changed, learn from it, and give the policy its next plan. Raises nothing that records raise."""
         now_s = self._clock()
         changed = self._changed(now_s)
-        for record in changed:
+        for record in changed[-MAX_FOLLOWED:]:  # the newest: more would only replace each other
             self._model.observe(record, now_s)
         self._keep(changed)
         self._expect(now_s, changed)
@@ -307,13 +307,26 @@ def _fit(returns: Array, waited: Array) -> tuple[Array, list[Array]]:
     factors = list(priors)
     for _ in range(FIT_ROUNDS):
         weighted = waited * _cells(factors)[..., None]
-        hazard = (returns.sum((0, 1, 2)) + PRIOR_COUNT) / (weighted.sum((0, 1, 2)) + PRIOR_COUNT / PRIOR)
+        hazard = _by_age(returns.sum((0, 1, 2)), weighted.sum((0, 1, 2)))
         for axis, prior in enumerate(priors):
             others = tuple({0, 1, 2} - {axis})
             expected = (waited @ hazard * _cells(factors)).sum(others) / factors[axis]
             factors[axis] = (returns.sum((*others, 3)) + PRIOR_COUNT * prior) / (expected + PRIOR_COUNT)
         factors[2] = _rising(factors[2])
     return hazard, factors
+
+
+def _by_age(returns: Array, waited: Array) -> Array:
+    """Returns per second in each bin of age, arrays [bin].
+
+    What few have reached is taken to go on as the ages before it: with the same chance of a return for each doubling of
+    the age, not with that of the prior, which would promise much to those who have long been gone.
+    """
+    hazard, level = np.empty(NUM_BINS), 1.0
+    for place, prior in enumerate(PRIOR):
+        hazard[place] = (returns[place] + PRIOR_COUNT) / (waited[place] + PRIOR_COUNT / (level * prior))
+        level = hazard[place] / prior
+    return hazard
 
 
 def _cells(factors: list[Array]) -> Array:

@@ -144,6 +144,11 @@ class KVStore:
         if self.tiers is not None:
             self.tiers.prefill_cost.observe(num_tokens, seconds)
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether pages are held because they are being copied: what is refused for want of pages may be had soon."""
+        return self.tiers is not None and self.tiers.is_moving
+
     def flush(self, deadline_s: float) -> bool:
         """Copy all histories down, until `time.monotonic()` passes the deadline; whether all are there."""
         return self.tiers is None or self.tiers.flush(deadline_s)

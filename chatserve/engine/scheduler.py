@@ -74,7 +74,7 @@ class Scheduler:
         """Preempt the newest request, because the system refused mappings that were promised; alone it cannot run."""
         request = self.running[-1]
         self._preempt(request)
-        if not self.running:
+        if not self.running and not self._store.is_moving:
             self.waiting.popleft()
             self.unservable.append(request)
 
@@ -95,8 +95,8 @@ class Scheduler:
             if self._is_coming_back(request) or self._waits_for_leader(request):
                 blocked.append(request)
             elif not self._try_admit(request):
-                # With nothing running all memory is to be had: waiting would be for ever.
-                (blocked if self.running else self.unservable).append(request)
+                # With nothing running or moving all memory is to be had: waiting would be for ever.
+                (blocked if self.running or self._store.is_moving else self.unservable).append(request)
                 break
         self.waiting.extendleft(reversed(blocked))
 

@@ -74,7 +74,7 @@ class DiskTier:
     A record is 1 to `page_bytes` bytes under a key of 32 bytes that stands for exactly these bytes: a key is stored
     once. Records written under another `fingerprint` or page size, or by another version of this program, are misses
     and go first when room is needed. When the budget is full the least recently used records go; after a restart the
-    order is that of writing, and dropped records whose file still exists are back.
+    order is that of writing, and records that were dropped may be back.
 
     Threads: `put`, `compact` and `close` belong to one thread; everything else may be called from any thread at any
     time. A lock is held for dictionary operations only. Every call may wait for the disk, save `contains`, `touch`,

@@ -7,12 +7,15 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from chatserve.engine.core import EngineCore
 from chatserve.engine.runner import FinishedStep
 from chatserve.engine.scheduler import Work
 from kvstore import KVLayout, KVStore, PosixMemory
+from kvstore.tiers import Below
+from kvstore.transfer import FileTransfers
 
 VOCAB = 1000
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype=torch.float32, page_bytes=4096)  # 32 tokens a page
@@ -66,11 +69,16 @@ def expected_reply(token_ids: Sequence[int], num_tokens: int) -> list[int]:
     return ids[len(token_ids) :]
 
 
-def make_core(*, pages: int = 256, max_context: int = 1024, max_ranges: int = 32, **limits: Any) -> EngineCore:
-    """An engine core over real mapped memory of `pages` pages of 32 tokens."""
+def make_core(
+    *, pages: int = 256, max_context: int = 1024, max_ranges: int = 32, host_pages: int = 0, **limits: Any
+) -> EngineCore:
+    """An engine core over real mapped memory of `pages` pages of 32 tokens, and perhaps host memory below it."""
+    memory = PosixMemory(LAYOUT.page_bytes)
+    transfers = FileTransfers(memory.file, LAYOUT.page_bytes)
+    below = Below(host_pages * LAYOUT.page_bytes, lambda: np.empty(LAYOUT.page_bytes, np.uint8), transfers)
     store = KVStore(
-        LAYOUT, PosixMemory(LAYOUT.page_bytes), budget_bytes=pages * LAYOUT.page_bytes, max_tokens=max_context,
-        max_ranges=max_ranges, fingerprint=b"fake",
+        LAYOUT, memory, budget_bytes=pages * LAYOUT.page_bytes, max_tokens=max_context,
+        max_ranges=max_ranges, fingerprint=b"fake", below=below if host_pages else None,
     )  # fmt: skip
     limits = {"max_step_tokens": 64, "max_running": 16, "max_waiting": 64} | limits
     return EngineCore(store, RowRunner(store.arena), max_context=max_context, **limits)

@@ -159,6 +159,34 @@ def test_drop(tier):
     assert read(tier, key_of(1)) == payload_of(key_of(1))
 
 
+def test_drop_before_the_file_is_full(path):
+    """A key that was dropped while its file was being written does not come back with the file."""
+    with open_tier(path) as tier:
+        put(tier, 1, 2)
+        tier.drop([key_of(1)])
+        put(tier, *range(10, 20))
+    with open_tier(path) as tier:
+        assert (tier.contains(key_of(1)), tier.contains(key_of(2))) == (False, True)
+
+
+def test_drop_while_moving(path):
+    """A key that is dropped while its record is copied stays dropped."""
+
+    class Dropping(QuickCalls):
+        def read(self, fd, buffers, offset):
+            if len(buffers) == 2 and offset > 64:  # the second record to be copied; the first is that of key 0
+                tier.drop([key_of(0)])
+            return super().read(fd, buffers, offset)
+
+    with open_tier(path, calls=Dropping()) as tier:
+        put(tier, *range(20))
+        tier.drop([key_of(1), key_of(2)])
+        tier.compact()
+        assert tier.stats().moved_bytes > 0
+        assert (tier.contains(key_of(0)), right_records(tier)) == (False, 17)
+        assert tier.stats().live_bytes == 17 * RECORD_BYTES
+
+
 def test_restart_reads_no_payload(path):
     """Opening reads headers and footers only, and one footer instead of the headers of a full file."""
     with open_tier(path, pages=320) as tier:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore.disk import DirectoryUnusable, DiskTier, Reason, open_existing
-from tests.kvstore.test_disk import QuickCalls, put, right_records
+from tests.kvstore.test_disk import QuickCalls, key_of, payload_of, put, read, right_records
 
 PAGE_BYTES = 64
 NUM_RECORDS = 7  # five fill a file, two are in the next, which is open
@@ -155,14 +155,39 @@ def test_reasons(written, path, name, offset, reasons, missing):
         assert tier.stats().rejected == reasons
 
 
-def test_verify_tells_damage_from_a_kill(written, path):
+@pytest.mark.parametrize("num_bytes", [1, 60, 70, 127])
+def test_verify_tells_damage_from_a_kill(written, path, num_bytes):
     """What a killed process left behind the last record is normal; the same elsewhere is not."""
-    restore(path, {**written, OPEN: written[OPEN][:-70]})
+    restore(path, {**written, OPEN: written[OPEN][:-num_bytes]})
     with open_small(path) as tier:
         assert (tier.stats().rejected, tier.verify().bad) == ({Reason.TORN: 1}, [])
-    restore(path, {**written, SEALED: written[SEALED][:-70]})
+    restore(path, {**written, SEALED: written[SEALED][:-num_bytes]})
     with open_small(path) as tier:
         assert [(bad.path.name, bad.reason) for bad in tier.verify().bad] == [(SEALED, Reason.FOOTER)]
+
+
+def test_torn_tail_is_cut(written, path):
+    """What a killed process left is gone once the file is written again, and is no part of it when it is full."""
+    restore(path, {**written, OPEN: written[OPEN] + b"rubbish " * 60})
+    with open_small(path) as tier:
+        assert put(tier, 100, length=PAGE_BYTES)
+        assert (path / OPEN).stat().st_size == tier.stats().file_bytes - len(written[SEALED]) == 64 + 3 * 128
+        assert put(tier, *range(101, 110), length=PAGE_BYTES)
+    with open_small(path) as tier:
+        assert (right_records(tier), tier.stats().rejected) == (NUM_RECORDS + 10, {})
+
+
+def test_half_made_copy(written, path):
+    """A copy that the power cut left half made never takes the place of the record, also when its file is full."""
+    first = written[SEALED][64 : 64 + 64] + bytes(64)  # the header reached the disk, the payload did not
+    restore(path, {**written, OPEN: written[OPEN][:64] + first})
+    for numbers in ([], range(100, 110)):
+        with open_small(path) as tier:
+            put(tier, *numbers, length=PAGE_BYTES)
+            assert read(tier, key_of(0)) == payload_of(key_of(0), PAGE_BYTES)
+            assert right_records(tier) == len(tier)
+    with open_small(path) as tier:
+        assert (right_records(tier), tier.stats().rejected) == (15, {})
 
 
 def test_damaged_manifest_is_not_guessed(written, path):
