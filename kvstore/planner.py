@@ -36,7 +36,7 @@ TOKEN_BUCKETS = 12  # up to 256 tokens, 512, ... from 2**18 on
 PRESENCES = 3  # away, connected, typing
 PRIOR_PRESENCE = (1.0, 2.0, 20.0)  # how much more they return, before anything was learned
 MIN_PRESENCE_STEP = 1.1  # and at least, whatever was learned
-PRIOR_COUNT = 4.0  # returns that a prior weighs as much as, in each bin and each bucket
+PRIOR_COUNT = 1.0  # returns that a prior weighs as much as, in each bin and each bucket
 FIT_ROUNDS = 4
 
 PRIOR_PAUSE_S = 60.0
@@ -157,7 +157,8 @@ class ReturnModel:
             rows = [(p.active_s, p.pace, p.entered_age, p.cell) for p in self._pauses.values()]
             active_s, pace, entered, cell = np.array(rows).T
             times = _time_in_bins(entered, np.maximum((now_s - active_s) / pace, entered))
-            np.add.at(waited, cell.astype(np.int64), times)
+            since_s = np.maximum((now_s - active_s)[:, None] - pace[:, None] * AGE_EDGES_S[1:], 0.0)
+            np.add.at(waited, cell.astype(np.int64), times * np.exp(-since_s / self._memory_s))
         return waited
 
     def _fade(self, now_s: float) -> None:

@@ -20,6 +20,7 @@ from chatserve.engine.api import EngineInfo
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.core import EngineCore
 from chatserve.engine.defaults import default_limits, host_kv_bytes, tier_bytes
+from chatserve.engine.planning import eviction_policy, start_planner
 from chatserve.engine.runner import Runner, TorchRunner
 from chatserve.errors import StartupError
 from chatserve.model.attention import CpuAttention
@@ -27,7 +28,7 @@ from chatserve.model.config import ModelConfig, model_config
 from chatserve.model.decoder import Decoder
 from chatserve.model.weights import config_fingerprint, load_decoder, random_decoder, weights_fingerprint
 from chatserve.pretrained import Pretrained, load_pretrained
-from kvstore import KVError, KVLayout, KVStore, PosixMemory, VirtualMemory, default_page_bytes
+from kvstore import EvictionPolicy, KVError, KVLayout, KVStore, PosixMemory, VirtualMemory, default_page_bytes
 from kvstore.disk import DiskTier
 from kvstore.host import Buffer
 from kvstore.tiers import Below
@@ -126,7 +127,8 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         decoder = _decoder(config, pretrained, model, dtype, backend)
     kv_bytes = config.kv_device_bytes or backend.kv_bytes(model, limits)
     layout = kv_layout(model, dtype, backend, kv_bytes, config.page_bytes)
-    store = _store(config, layout, kv_bytes, limits, backend, _fingerprint(config, pretrained))
+    policy = eviction_policy(layout)
+    store = _store(config, layout, kv_bytes, limits, backend, _fingerprint(config, pretrained), policy)
     with _timed("prepared the kernels"):
         runner = backend.runner(decoder, store, limits)
     core = EngineCore(
@@ -137,6 +139,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         max_running=limits.max_running,
         max_waiting=config.max_waiting,
         ahead_tokens=backend.ahead_tokens,
+        plan_evictions=partial(start_planner, store=store, policy=policy),
     )
     info = EngineInfo(
         model=config.model,
@@ -214,7 +217,13 @@ def _fingerprint(config: EngineConfig, pretrained: Pretrained) -> bytes:
 
 
 def _store(
-    config: EngineConfig, layout: KVLayout, kv_bytes: int, limits: Limits, backend: Backend, fingerprint: bytes
+    config: EngineConfig,
+    layout: KVLayout,
+    kv_bytes: int,
+    limits: Limits,
+    backend: Backend,
+    fingerprint: bytes,
+    policy: EvictionPolicy,
 ) -> KVStore:
     range_bytes = layout.range_bytes(limits.max_context, backend.tile_tokens)
     max_ranges = min(MAX_RANGES, MAX_ARENA_BYTES // range_bytes, MAX_ARENA_TOKENS * layout.token_bytes // range_bytes)
@@ -229,6 +238,7 @@ def _store(
         fingerprint=fingerprint,
         prefix_sharing=config.prefix_sharing,
         tile_tokens=backend.tile_tokens,
+        policy=policy,
     )
 
 

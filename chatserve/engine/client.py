@@ -72,6 +72,7 @@ class EngineClient:
         self._config = config
         self._child: EngineChild | None = None
         self._info: EngineInfo | None = None
+        self._records_url: str | None = None
         self._streams: dict[str, _Stream] = {}
         self._pacing = Pacing()
         self._queries: dict[int, asyncio.Future[Any]] = {}
@@ -142,6 +143,11 @@ class EngineClient:
             self._post({"verb": "cancel", "request_id": request_id})
         else:
             stream.put(Finished("cancelled", 0.0))
+
+    def read_records(self, redis_url: str) -> None:
+        """Have this engine, and those that replace it, evict by the session records in that Redis."""
+        self._records_url = redis_url
+        self._post({"verb": "read_records", "url": redis_url})
 
     def forget_session(self, session_id: str) -> None:
         """See `chatserve.engine.api.Engine.forget_session`."""
@@ -224,6 +230,8 @@ class EngineClient:
             await child.close()
             self._after_death()
             self._child = await self._respawn()
+            if self._records_url is not None:
+                self.read_records(self._records_url)
             for stream in list(self._streams.values()):
                 self._continue(stream)
 

@@ -21,6 +21,7 @@ from chatserve.engine.request import Request
 from chatserve.engine.runner import Runner, Step
 from chatserve.engine.scheduler import Scheduler, Work
 from kvstore import IntegrityError, KVStore, MemoryRefused, OutOfPages
+from kvstore.planner import EvictionPlanner
 
 OUT_OF_MEMORY = (
     "the system has less memory than the KV budget promises, and nothing is left to evict; "
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 class EngineCore:
     """Owns the queue and the store; single-threaded. `step` does nothing when nothing waits or runs.
 
-    `ahead_tokens`: see `Scheduler`.
+    `ahead_tokens`: see `Scheduler`. `plan_evictions` starts a planner on the session records at a URL.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class EngineCore:
         max_running: int,
         max_waiting: int,
         ahead_tokens: int = 0,
+        plan_evictions: Callable[[str], EvictionPlanner] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
@@ -58,6 +60,8 @@ class EngineCore:
         self._scheduler = Scheduler(
             store, max_step_tokens=max_step_tokens, max_running=max_running, clock=clock, ahead_tokens=ahead_tokens
         )
+        self._plan_evictions = plan_evictions
+        self._planner: EvictionPlanner | None = None
         self._in_flight: Step | None = None
         self._events: list[Event] = []
 
@@ -83,6 +87,7 @@ class EngineCore:
             "cancel": self._cancel,
             "forget": self._forget,
             "warm": self._warm,
+            "read_records": self._read_records,
             "query": self._query,
         }
         verbs[command["verb"]](command)
@@ -120,6 +125,8 @@ class EngineCore:
         """End: copy all histories to where they survive, as far as the time allows, and give everything back."""
         if not self.store.flush(time.monotonic() + timeout_s):
             logger.warning("not all histories could be saved in %.0f s; the rest will be computed again", timeout_s)
+        if self._planner is not None:
+            self._planner.stop()
         self.store.close()
 
     def _schedule(self) -> list[Work]:
@@ -252,6 +259,11 @@ class EngineCore:
         promotion = self.store.promote(command["session_id"], command["tenant"].encode(), tokens)
         if promotion is not None:
             self.store.end_promotion(promotion)
+
+    def _read_records(self, command: dict[str, Any]) -> None:
+        """From now on what is evicted depends on what these records say of sessions."""
+        if self._plan_evictions is not None and self._planner is None:
+            self._planner = self._plan_evictions(command["url"])
 
     def _query(self, command: dict[str, Any]) -> None:
         self._events.append(["reply", command["query_id"], self._answer(command)])

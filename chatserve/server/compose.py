@@ -18,7 +18,7 @@ from chatserve.server.services import Services
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.manager import SessionManager
 from chatserve.settings import ServeSettings
-from chatserve.storage.connection import open_redis
+from chatserve.storage.connection import open_redis, socket_url
 from chatserve.storage.records import RedisSessionRecords
 from chatserve.storage.session_store import SessionStore
 from chatserve.text.pipeline import TextPipeline
@@ -47,6 +47,7 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         stack.push_async_callback(records.close)
         report(f"Loading {settings.model}")
         await starting
+        engine.read_records(settings.redis_url or socket_url(redis))
         report("Taking up the sessions")
         sessions = SessionManager(store, engine, text, records, SessionLimits(resume_ttl_s=settings.resume_ttl_s))
         stack.push_async_callback(sessions.close)

@@ -66,6 +66,11 @@ async def _connected(url: str, shown: str) -> AsyncIterator[Redis]:
         await client.aclose()
 
 
+def socket_url(client: Redis) -> str:
+    """The URL of the Redis that was started with the server, for its other processes."""
+    return f"unix://{client.connection_pool.connection_kwargs['path']}"
+
+
 def _client(url: str, shown: str) -> Redis:
     """A client that tries a lost connection once more: every command of ours may be repeated."""
     try:

@@ -50,7 +50,7 @@ async def test_sessions_survive_a_restart(start_server):
         assert attached["mode"] == "snapshot"
         reply = await reply_to(client, session_id, "What is my name?")
     assert "Zorvin" in reply["text"]
-    assert reply["cache"]["reason"] == "not_saved"
+    assert (reply["cache"]["restored_from"], reply["cache"]["reason"]) == ("disk", None)
 
 
 def test_idle_server_stops_quickly_and_cleanly(start_server):

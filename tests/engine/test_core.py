@@ -215,7 +215,7 @@ def test_evicted_session_is_recomputed():
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_random_load_under_pressure(data):
-    """Any mix of turns, branches and cancels in little memory ends, whatever lies below: replies and books are right."""
+    """Any mix of turns, branches and cancels in little memory ends, whatever lies below: replies and books right."""
     core = make_core(pages=data.draw(st.integers(6, 20)), max_context=160, max_ranges=data.draw(st.integers(1, 4)),
                      max_step_tokens=data.draw(st.sampled_from([8, 33, 64])),
                      host_pages=data.draw(st.sampled_from([0, 3, 60])))  # fmt: skip
