@@ -1,8 +1,10 @@
 """Hit rates of the eviction policies on chat traffic: a public trace, and workloads made up here.
 
-The trace is Mooncake's conversation trace: from https://github.com/kvcache-ai/Mooncake take
-`FAST25-release/traces/conversation_trace.jsonl`, gzip it or not, and pass its path, with `--first 8000` to see what the
-figures in the docs were made from. Without a trace only the made-up workloads are replayed. Takes about two minutes.
+The trace is Mooncake's conversation trace: from https://github.com/kvcache-ai/Mooncake (Apache-2.0) take
+`FAST25-release/traces/conversation_trace.jsonl` and pass its path, gzipped or not; its first 8,000 requests are
+replayed, `--first` changes that. Without it only the made-up workloads are. Budgets are in tokens: of one tier, or of
+several together. The rates of prefill only matter to the column `time saved` and to the policy `returns, by cost`; pass
+those of your machine. Takes about two minutes on one core.
 
     python bench/policy.py [--trace conversation_trace.jsonl.gz] [--json FILE] [--plot FILE]
 """
@@ -28,7 +30,7 @@ from matplotlib import pyplot as plt
 
 TRACE_BUDGETS = (260_000, 1_000_000, 5_000_000, 10_000_000)
 MADE_UP_BUDGETS = (250_000, 1_000_000, 2_000_000)
-STYLES = {"lru": "o-", "returns": "s-", "returns, by cost": "d--", "clairvoyant": "^:"}
+STYLES = {"lru": "oC0-", "returns": "sC1-", "returns, by cost": "dC1:", "clairvoyant": "^C2--"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,7 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replay, print the tables, and write what was asked for."""
     options = _parser().parse_args(arguments)
-    costs = TokenCosts(
-        options.token_bytes, options.prefill_rate, options.long_prefill_rate, options.long_context
-    )  # fmt: skip
+    costs = TokenCosts(options.token_bytes, options.prefill_rate, options.long_prefill_rate, options.long_context)
     rows: list[Row] = []
     for workload, requests, budgets in workloads(options.trace, options.first):
         print(f"\n{workload}: {len(requests)} requests, {sum(r.num_tokens for r in requests) / 1e6:.1f} million tokens")
@@ -112,7 +112,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=policy)
         axes.set(title=workload, xlabel="budget, million tokens", xscale="log", ylim=(0, None))
-        axes.grid(visible=True, which="both", alpha=0.3)
+        budgets = sorted({row.budget_tokens / 1e6 for row in rows if row.workload == workload})
+        axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+        axes.minorticks_off()
+        axes.grid(visible=True, alpha=0.3)
     panels[0][0].set_ylabel("tokens reused / tokens asked for")
     panels[0][0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)

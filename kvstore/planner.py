@@ -40,6 +40,7 @@ PRIOR_COUNT = 1.0  # returns that a prior weighs as much as, in each bin and eac
 FIT_ROUNDS = 4
 
 PRIOR_PAUSE_S = 60.0
+MAX_PAUSE_S = 3600.0  # who comes back the next day says nothing about how quickly anybody thinks
 PACE_PRIOR_COUNT = 5.0  # pauses of the average person that a person's own are weighed against
 MAX_PACE_COUNT = 5  # a running average knows no more pauses than that
 
@@ -94,6 +95,8 @@ class ReturnModel:
     def observe(self, record: SessionRecord, now_s: float) -> None:
         """A record as it is now; an unchanged one does no harm."""
         pause = self._pauses.get(record.session_id)
+        if record.turns < 1:
+            return  # opened, nothing said yet: no pause between turns
         if pause is None:
             self._admit(record.session_id, now_s)
             age = max(0.0, now_s - record.last_activity_s) / self.pace_of(record)
@@ -120,7 +123,8 @@ class ReturnModel:
         """How many times as long as the average this person pauses; near 1 while few pauses are known."""
         average_s = (PRIOR_PAUSE_S + self._pause_s) / (1.0 + self._num_pauses)
         known = min(max(record.turns - 1, 0), MAX_PACE_COUNT) if record.think_time_s > 0 else 0
-        return (known * record.think_time_s / average_s + PACE_PRIOR_COUNT) / (known + PACE_PRIOR_COUNT)
+        own_s = min(record.think_time_s, MAX_PAUSE_S)
+        return (known * own_s / average_s + PACE_PRIOR_COUNT) / (known + PACE_PRIOR_COUNT)
 
     def _draw(self, waited: Array) -> None:
         self._hazard, self._factors = _fit(self._returns.reshape(SHAPE), waited.reshape(SHAPE))
@@ -146,7 +150,7 @@ class ReturnModel:
         self._waited[pause.cell] += _time_in_bins(np.array([pause.entered_age]), np.array([age]))[0]
         if returned:
             self._returns[pause.cell, min(int(np.searchsorted(AGE_EDGES_S, age, "right")) - 1, NUM_BINS - 1)] += 1
-            self._pause_s += pause_s
+            self._pause_s += min(pause_s, MAX_PAUSE_S)
             self._num_pauses += 1
         return age
 
@@ -225,7 +229,7 @@ class EvictionPlanner:
     def run_once(self) -> None:
         """Read what changed, learn from it, and give the policy its next plan. Raises nothing that records raise."""
         now_s = self._clock()
-        changed = self._changed(now_s)
+        changed = [record for record in self._changed(now_s) if record.last_activity_s > 0]  # else it tells no age yet
         for record in changed[-MAX_FOLLOWED:]:  # the newest: more would only replace each other
             self._model.observe(record, now_s)
         self._keep(changed)
@@ -255,7 +259,9 @@ class EvictionPlanner:
             return []
         if self._away:
             logger.info("session records can be read again")
-        self._away, self._known_until_s = False, now_s - OVERLAP_S
+        self._away = False
+        if changed:  # none may also mean that the source is away and does not say so
+            self._known_until_s = now_s - OVERLAP_S
         return changed
 
     def _note_away(self, error: Exception) -> None:

@@ -12,6 +12,8 @@ from kvstore.pool import PageCounts
 class KVStats:
     """Pages by state, sizes in bytes, and counts since the store began.
 
+    `host_bytes` and `disk_bytes` lie on the tiers below; pages went down to host memory (`offloaded_pages`) and on to
+    disk (`written_pages`), came back from either, or failed on their way.
     `physical_bytes` is what the system says the pages hold; `num_sessions` are resident, `num_leases` of them leased.
     """
 
@@ -26,6 +28,13 @@ class KVStats:
     max_mappings: int
     evicted_pages: int
     evicted_tokens: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    offloaded_pages: int = 0
+    written_pages: int = 0
+    promoted_host_pages: int = 0
+    promoted_disk_pages: int = 0
+    failed_pages: int = 0
 
     @property
     def held_bytes(self) -> int:

@@ -195,6 +195,7 @@ class KVStore:
             max_mappings=self._memory.max_mappings,
             evicted_pages=residency.evicted_pages,
             evicted_tokens=residency.evicted_tokens,
+            **(self.tiers.figures() if self.tiers else {}),
         )
 
     def settle(self) -> None:

@@ -254,6 +254,19 @@ class Tiers:
             time.sleep(0.0005)
         return False
 
+    def figures(self) -> dict[str, int]:
+        """The tiers' part of `KVStats`."""
+        counts = self.counts
+        return {
+            "host_bytes": len(self.host) * self.layout.page_bytes,
+            "disk_bytes": self.disk.stats().file_bytes if self.disk else 0,
+            "offloaded_pages": counts.offloaded,
+            "written_pages": counts.written,
+            "promoted_host_pages": counts.promoted_host,
+            "promoted_disk_pages": counts.promoted_disk,
+            "failed_pages": counts.failed,
+        }
+
     def held_pages(self) -> list[PageArray]:
         """Arrays of the pages that are held for what is on its way, once for each hold."""
         held = [self._offload.pages] if self._offload else []

@@ -15,6 +15,7 @@ IMPORTERS = {
     "transformers": ("chatserve/pretrained.py", "chatserve/bundled/"),
     "redis": ("chatserve/storage/",),
     "safetensors": ("chatserve/model/weights.py", "chatserve/bundled/"),
+    "prometheus_client": ("chatserve/server/metrics.py",),
     "starlette": ("chatserve/server/",),
     "uvicorn": ("chatserve/server/",),
     "websockets": ("chatserve/client/", "chatserve/server/"),

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from kvstore import EvictionPolicy, KVLayout, LeastRecentlyUsed, RadixIndex, Resident
+from kvstore.arrays import as_token_array
 from kvstore.node import Node
 from kvstore.planner import EvictionPlanner
 from kvstore.policy import ReturnPolicy, TokenCosts
-from kvstore.radix import as_token_array
 from kvstore.records import SessionRecord
 from kvstore.results import Eviction
 

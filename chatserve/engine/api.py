@@ -142,6 +142,10 @@ class Engine(Protocol):
         """A turn on this history is likely: what tiers below the device have of it is brought back meanwhile."""
         ...
 
+    async def stats(self) -> dict[str, Any]:
+        """The KV store's accounts, see `kvstore.KVStats`. Raises Unavailable without an engine."""
+        ...
+
     async def cached_tokens(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> Held:
         """How much of a history is held now, and where."""
         ...

@@ -164,9 +164,9 @@ class EngineClient:
             return Held({"device": 0})
         return Held(**await self._query({"what": "cached_tokens", **_history(session_id, tenant, token_ids)}))
 
-    async def stats(self) -> dict[str, int]:
-        """The KV store's accounts: pages and bytes by state, sessions, ranges. Raises Unavailable without an engine."""
-        stats: dict[str, int] = await self._query({"what": "stats"})
+    async def stats(self) -> dict[str, Any]:
+        """See `chatserve.engine.api.Engine.stats`."""
+        stats: dict[str, Any] = await self._query({"what": "stats"})
         return stats
 
     async def integrity_fault(self) -> str | None:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from chatserve.errors import Forbidden, ServiceError
-from chatserve.server import completions, http, operations
+from chatserve.server import completions, http, metrics, operations
 from chatserve.server.access import Access
 from chatserve.server.pages import page_routes
 from chatserve.server.replies import error_response, on_fault, on_http_error, on_service_error
@@ -71,6 +71,7 @@ def create_app(services: Services) -> Starlette:
         *http.ROUTES,
         *completions.ROUTES,
         *operations.ROUTES,
+        *metrics.ROUTES,
         *page_routes(),
     ]
     cors = Middleware(

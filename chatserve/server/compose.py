@@ -14,6 +14,7 @@ from chatserve.pretrained import load_pretrained
 from chatserve.server.access import Access
 from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
+from chatserve.server.metrics import Metrics
 from chatserve.server.services import Services
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.manager import SessionManager
@@ -49,7 +50,9 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         await starting
         engine.read_records(settings.redis_url or socket_url(redis))
         report("Taking up the sessions")
-        sessions = SessionManager(store, engine, text, records, SessionLimits(resume_ttl_s=settings.resume_ttl_s))
+        metrics = Metrics()
+        limits = SessionLimits(resume_ttl_s=settings.resume_ttl_s)
+        sessions = SessionManager(store, engine, text, records, limits, on_response=metrics.note_response)
         stack.push_async_callback(sessions.close)
         await sessions.start()
         yield Services(
@@ -60,6 +63,7 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
             hub=Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections),
             access=Access(keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host),
             ping_store=store.ping,
+            metrics=metrics,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from chatserve.engine.api import Engine
 from chatserve.server.access import Access
@@ -11,6 +12,9 @@ from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
 from chatserve.sessions.manager import SessionManager
 from chatserve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from chatserve.server.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,4 +37,5 @@ class Services:
     hub: Hub
     access: Access
     ping_store: Callable[[], Awaitable[None]]
+    metrics: Metrics
     timeouts: Timeouts = field(default_factory=Timeouts)

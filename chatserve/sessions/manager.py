@@ -63,7 +63,7 @@ class Attached:
 class SessionManager:
     """The sessions of one process. Every method that takes a tenant raises NotFound for a session of another.
 
-    All errors are `ServiceError`s. `clock` gives seconds since 1970.
+    All errors are `ServiceError`s. `clock` gives seconds since 1970; `on_response` is told of each response's end.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class SessionManager:
         limits: SessionLimits = SessionLimits(),  # noqa: B008 - frozen
         *,
         clock: Callable[[], float] = time.time,
+        on_response: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -83,7 +84,7 @@ class SessionManager:
         self._clock = clock
         self._tasks = TaskGroup()
         self._trimmer = LogTrimmer(store, limits)
-        self._tools = TurnTools(engine, text, store, limits)
+        self._tools = TurnTools(engine, text, store, limits, on_response)
         self._registry = SessionRegistry(store, limits, clock, self._loaded)
         self._keeper = TurnKeeper(self._tools, self._registry, self._tasks, self._finished)
 

@@ -42,6 +42,7 @@ class TurnTools:
     text: TextPipeline
     store: Store
     limits: SessionLimits
+    on_response: Callable[[events.Event], None]
 
 
 class Turn:
@@ -249,6 +250,7 @@ class Turn:
         meta = {"active": None, "updated_at": self._live.now_ms()}
         await self._writer.finish(last_events(response, outcome), message, meta)
         _log_line(self._live.id, response)
+        self._tools.on_response(response)
 
     def _end_unstored(self, error: StorageUnavailable) -> None:
         if not self._is_stopping:

@@ -58,9 +58,24 @@ class Bench:
 def test_pass_reads_only_what_changed_since_the_last():
     """After the first pass a source is asked for what is new, with a little overlap for late writes."""
     bench = Bench()
-    for _ in range(3):
+    for turns in range(3):
+        bench.records.write(bench.now_s + 5.0, replace(RECORD, turns=turns))
         bench.run(after_s=5.0)
     assert bench.records.asked[1:] == [1005.0 - OVERLAP_S, 1010.0 - OVERLAP_S]
+
+
+def test_silent_source_loses_no_change():
+    """A source that answers with nothing while it is away is asked for all that it kept back."""
+    bench = Bench()
+    bench.records.write(1000.0, RECORD)
+    bench.run()
+    changed_since, bench.records.changed_since = bench.records.changed_since, lambda time_s: []
+    for _ in range(20):
+        bench.run(after_s=1.0)
+    bench.records.write(1001.0, replace(RECORD, last_activity_s=1001.0))
+    assert bench.policy.plan.known_until_s <= 1000.0
+    bench.records.changed_since = changed_since
+    assert bench.run(after_s=1.0)["s"].active_s == 1001.0
 
 
 def test_only_sessions_with_pages_are_planned_for():
@@ -109,6 +124,29 @@ def test_source_that_is_away_is_survived_and_said_once(caplog):
     bench.records.error = None
     assert bench.run(after_s=1.0)["s"].active_s == 1010.0
     assert [entry.levelname for entry in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_record_without_a_time_tells_nothing():
+    """A session that was opened and did nothing yet is a stranger, and its first turn is no return after ages."""
+    bench, model = Bench(model=ReturnModel()), ReturnModel()
+    opened = replace(RECORD, last_activity_s=0.0, turns=0, connected=True)
+    bench.records.write(1000.0, opened)
+    assert not bench.run()
+    assert model.pace_of(replace(RECORD, turns=9, think_time_s=60.0)) == 1.0
+    for record in (opened, RECORD):
+        model.observe(record, 1000.0)
+    model.refit(1001.0)
+    assert model.pace_of(replace(RECORD, turns=9, think_time_s=60.0)) == 1.0
+
+
+def test_return_on_the_next_day_does_not_change_what_is_average():
+    """One pause of a day among ten of a minute leaves a person who pauses for a minute near the average."""
+    model = ReturnModel()
+    for number, pause_s in enumerate([60.0] * 10 + [86_400.0]):
+        record = replace(RECORD, session_id=f"s{number}")
+        model.observe(record, 1000.0)
+        model.observe(replace(record, turns=2, last_activity_s=1000.0 + pause_s), 1000.0 + pause_s)
+    assert model.pace_of(replace(RECORD, turns=2, think_time_s=60.0)) > 0.8
 
 
 def test_plan_is_replaced_not_changed():

@@ -19,6 +19,7 @@ from chatserve.server.app import create_app
 from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
 from chatserve.server.listener import ChatServer, bind, server_config
+from chatserve.server.metrics import Metrics
 from chatserve.server.services import Services, Timeouts
 from chatserve.settings import ServeSettings, load_settings
 from chatserve.text.pipeline import TextPipeline
@@ -101,6 +102,7 @@ async def serving(settings: ServeSettings, timeouts: Timeouts, engine: Any) -> A
         hub=Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections),
         access=Access(keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host),
         ping_store=sessions.ping,
+        metrics=Metrics(),
         timeouts=timeouts,
     )
     started = asyncio.Event()

@@ -73,6 +73,14 @@ class FakeSessions:
         self._ids = itertools.count(1)
         self._grown = asyncio.Condition()
 
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_live(self) -> int:
+        return len(self.views)
+
     def refusal(self, message: str) -> ServiceError:
         """A refusal to be raised as `fault`."""
         return BadRequest(message, code="context_length_exceeded")
