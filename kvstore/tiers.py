@@ -103,7 +103,7 @@ class _Writing:
     """Host pages on their way to disk."""
 
     copies: list[HostPage]
-    job: Future[None]
+    job: Future[int]
 
 
 @dataclass(slots=True)
@@ -346,10 +346,9 @@ class Tiers:
             return
         self._writing = None
         self._let_go(writing.copies)
-        if writing.job.exception() is None:
-            self.counts.written += len(writing.copies)
-        else:
-            self.counts.failed += len(writing.copies)
+        num_written = 0 if writing.job.exception() else writing.job.result()
+        self.counts.written += num_written
+        self.counts.failed += len(writing.copies) - num_written
 
     def _find_below(self, salt: bytes, tokens: TokenArray, num_before: int) -> list[Tail]:
         """The pages behind the first ones that lie below, up to the first that does not, or a tail in its place."""
@@ -486,8 +485,8 @@ class Tiers:
                 self.host.abandon(copy)
 
 
-def _put(disk: DiskTier, records: Sequence[tuple[bytes, memoryview]]) -> None:
-    disk.put(records)
+def _put(disk: DiskTier, records: Sequence[tuple[bytes, memoryview]]) -> int:
+    return disk.put(records)
 
 
 def _read(disk: DiskTier, copies: Sequence[HostPage]) -> int:

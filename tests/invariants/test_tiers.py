@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from chatserve.engine.build import build
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.core import EngineCore
+from chatserve.errors import StartupError
+from kvstore.disk.files import FileCalls
 from tests.engine.fakes import run_until_idle, submit, tokens_of
 
 MIB = 1 << 20
@@ -115,6 +118,31 @@ def test_histories_in_another_number_format_are_not_used(tmp_path):
     core = make_engine(tmp_path / "kv", dtype="bfloat16")
     _, cached = reply(core, "s", [*PROMPT, *first, *NEXT])
     assert cached == {"device": 0}
+    core.close(SAVE_S)
+
+
+def test_a_second_engine_on_the_directory_is_refused(tmp_path):
+    """Two servers would overwrite each other's records: the second one is told whose the directory is."""
+    core = make_engine(tmp_path / "kv")
+    with pytest.raises(StartupError, match="--kv-disk-path"):
+        make_engine(tmp_path / "kv")
+    core.close(SAVE_S)
+
+
+def test_a_disk_that_fails_costs_nothing_but_time(expected, tmp_path, monkeypatch):
+    """Every write refused: histories stay where they are or are computed again, and serving goes on."""
+    core = make_engine(tmp_path / "kv")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileCalls, "write", full)
+    first, _ = reply(core, "s", PROMPT)
+    push_out(core)
+    second, cached = reply(core, "s", [*PROMPT, *first, *NEXT])
+    assert (first, second) == expected
+    assert cached.get("disk", 0) == 0
+    assert core.store.tiers.disk.state == "read_only"
     core.close(SAVE_S)
 
 
