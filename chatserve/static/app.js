@@ -1,7 +1,7 @@
 // The page: sessions on the left, one conversation on the right. Text of others is shown through textContent only.
 
 import { CommandError, Connection, newKey } from "./connection.js";
-import { Conversation, describeReply } from "./conversation.js";
+import { Conversation, describeMemory, describeReply } from "./conversation.js";
 
 const LISTED_SESSIONS = 100;
 const TITLE_CHARS = 48;
@@ -59,6 +59,7 @@ function update(change, event) {
   if (change === "ended") {
     showReply(conversation.messages.get(event.response.message_id));
     refreshSessions();
+    refreshMemory();
   }
   if (change === "gap") openSession(wantedId);
   if (change === "deleted") closeConversation();
@@ -79,16 +80,28 @@ async function attempt(action) {
 
 // ---- sessions
 
-async function refreshSessions() {
+async function get(path) {
   const headers = connection.token ? { Authorization: `Bearer ${connection.token}` } : {};
   try {
-    const response = await fetch(`/v1/sessions?limit=${LISTED_SESSIONS}`, { headers });
-    if (!response.ok) return;
-    sessions = (await response.json()).data;
+    const response = await fetch(path, { headers });
+    return response.ok ? await response.json() : null;
   } catch {
-    return; // the connection's own state says that the server is away
+    return null; // the connection's own state says that the server is away
   }
+}
+
+async function refreshSessions() {
+  const answer = await get(`/v1/sessions?limit=${LISTED_SESSIONS}`);
+  if (!answer) return;
+  sessions = answer.data;
   showSessions();
+}
+
+// Where the tokens of the open session are: what lies on no tier is computed again at the next turn.
+async function refreshMemory() {
+  const id = wantedId;
+  const cache = id && await get(`/v1/sessions/${id}/cache`);
+  if (id === wantedId) $("memory").textContent = cache ? describeMemory(cache) : "";
 }
 
 function showSessions() {
@@ -127,6 +140,7 @@ async function openSession(id) {
   if (wantedId !== id) return null; // another one was opened meanwhile
   if (!answer) return closeConversation();
   showConversation(new Conversation(answer.snapshot));
+  refreshMemory();
   $("input").focus();
   return id;
 }
@@ -138,6 +152,7 @@ function closeConversation() {
   showBranch();
   showActivity();
   refreshSessions();
+  refreshMemory();
   return null;
 }
 

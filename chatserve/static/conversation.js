@@ -99,3 +99,11 @@ export function describeReply(response) {
   }
   return parts.join(" · ");
 }
+
+// One line on where a session's history is.
+export function describeMemory({ tokens, device, host = 0, disk = 0 }) {
+  if (!tokens) return "";
+  const places = [[device, "on the device"], [host, "in host memory"], [disk, "on disk"]];
+  const parts = places.filter(([count]) => count).map(([count, place]) => `${count.toLocaleString("en")} ${place}`);
+  return `history: ${parts.join(", ") || "nowhere"}`;
+}

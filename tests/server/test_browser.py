@@ -74,6 +74,7 @@ async def test_conversation(served, open_page):
     )
     await expect(page.get_by_role("heading", name="my dog is Zorp")).to_be_visible()
     assert page.url.endswith("#sess_1")
+    await expect(page.locator("#memory")).to_have_text("history: 12 on the device, 8 on disk")
     await say(page, "and now?")
     await expect(page.locator("article")).to_have_count(4)
 
