@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_TOKENS = 512
+START_S = 1.0  # no request at zero, which a record takes for a time that is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def read_trace(path: Path) -> list[Request]:
         rows = [json.loads(line) for line in lines]
     blocks = [tuple(row["hash_ids"][: row["input_length"] // BLOCK_TOKENS]) for row in rows]
     return [
-        Request(row["timestamp"] / 1000, path, row["input_length"], session_id)
+        Request(START_S + row["timestamp"] / 1000, path, row["input_length"], session_id)
         for row, path, session_id in zip(rows, blocks, infer_sessions(blocks), strict=True)
     ]
 
@@ -74,7 +75,7 @@ def make_chat(chat: Chat, seed: int = 1) -> list[Request]:
     """Requests of all sessions in the order of their times. Whether a turn follows is drawn by `goes_on`."""
     lots, blocks = random.Random(seed), count(chat.system_blocks)
     requests: list[Request] = []
-    start_s = 0.0
+    start_s = START_S
     for number in count():
         start_s += lots.expovariate(chat.sessions_per_s)
         if start_s > chat.duration_s:
