@@ -33,5 +33,5 @@ class SessionRecords(Protocol):
     """Where records are read. May block; never called on a step's path."""
 
     def changed_since(self, time_s: float) -> list[SessionRecord]:
-        """Records written at or after `time_s`, oldest change first."""
+        """Records written at or after `time_s`, oldest change first. Raises OSError where they cannot be read now."""
         ...

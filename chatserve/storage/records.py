@@ -131,7 +131,7 @@ class RedisRecordReader(SessionRecords):
         )
 
     def changed_since(self, time_s: float) -> list[SessionRecord]:
-        """The records written at or after `time_s` (seconds since 1970), oldest change first; none with Redis away."""
+        """The records written at or after `time_s` (seconds since 1970), oldest change first. Raises OSError."""
         try:
             changed = cast("list[bytes]", self._redis.zrangebyscore(RECORD_CHANGES, int(time_s * 1000), "+inf"))
             ids = [member.decode() for member in changed]
@@ -140,8 +140,7 @@ class RedisRecordReader(SessionRecords):
                 pipeline.hgetall(session_key(session_id, "record"))
             rows = pipeline.execute()
         except (RedisError, OSError) as error:
-            logger.info("session records cannot be read: %s", error)
-            return []
+            raise OSError(f"Redis does not answer: {error}") from error
         return [_record(session_id, row) for session_id, row in zip(ids, rows, strict=True) if row]
 
     def close(self) -> None:
