@@ -10,7 +10,8 @@ SERVE_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The ones that need no GPU and no other choice; the rest are described in docs/performance.md.
-BENCHMARKS := bench/turn_cost.py bench/sharing.py bench/batching.py bench/store_calls.py bench/frontend.py
+BENCHMARKS := bench/turn_cost.py bench/sharing.py bench/batching.py bench/store_calls.py bench/frontend.py \
+	bench/restart.py bench/scale.py
 
 .PHONY: demo test check soak test-gpu bench clean
 

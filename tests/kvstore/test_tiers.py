@@ -214,7 +214,20 @@ def test_host_memory_forgets_the_least_recently_used_page_that_nobody_holds():
 @given(data=st.data())
 def test_any_coming_and_going_leaves_every_row_right(tmp_path_factory, data):
     """Turns, branches, idle moments, restarts in any order in little memory: rows are right and the books whole."""
-    directory = tmp_path_factory.mktemp("kv") / "kv" if data.draw(st.booleans()) else None
+    come_and_go(tmp_path_factory.mktemp("kv") / "kv", data)
+
+
+@pytest.mark.soak
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_coming_and_going_for_long(tmp_path_factory, data):
+    """The same, more often."""
+    come_and_go(tmp_path_factory.mktemp("kv") / "kv", data)
+
+
+def come_and_go(path, data):
+    """A store's life, told by `data`."""
+    directory = path if data.draw(st.booleans()) else None
     host_pages = data.draw(st.sampled_from([4, 20, 200]))
     store = tiered_store(directory, host_pages=host_pages, max_ranges=3)
     paths = {f"s{i}": [i % 2, *range(data.draw(st.integers(1, 60)))] for i in range(4)}
