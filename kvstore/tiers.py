@@ -62,9 +62,9 @@ class Offload:
 class Promotion:
     """The rows of `tokens` behind those of the pages `before`, which are held meanwhile, on their way up.
 
-    `has_tail`: the last page is not complete, its rows are those of the last tokens.
-    `num_host` and `num_disk` pages come from each tier; `num_wanted` requests wait for them. Ask `is_over` until it is;
-    then lease, and `Tiers.end` it.
+    `num_host` and `num_disk` pages come from each tier; where `has_tail` the last one is not complete, and its rows are
+    those of the last tokens. `num_wanted` requests wait: ask `is_over` until it is, then lease, and `Tiers.end` it.
+    `has_failed`: some of what was there could not be read.
     """
 
     salt: bytes
@@ -79,6 +79,7 @@ class Promotion:
     transfer: Transfer | None = None
     is_over: bool = False
     num_wanted: int = 1
+    has_failed: bool = False
     seconds: float = 0.0
 
     @property
@@ -445,6 +446,7 @@ class Tiers:
             copy.is_whole = True
         for copy in unread[num_read:]:
             self.host.abandon(copy)
+        promotion.has_failed = num_read < len(unread)
         self.counts.failed += len(unread) - num_read
         self._shorten(promotion, len(promotion.copies) - (len(unread) - num_read))
         promotion.num_disk = num_read
@@ -462,7 +464,7 @@ class Tiers:
         promotion.is_over, promotion.seconds = True, time.monotonic() - promotion.began_s
         if transfer.failed():
             self.counts.failed += len(promotion.copies)
-            promotion.copies, promotion.num_disk = [], 0
+            promotion.copies, promotion.num_disk, promotion.has_failed = [], 0, True
         elif promotion.copies:
             self.counts.promoted_host += promotion.num_host
             self.counts.promoted_disk += promotion.num_disk

@@ -293,6 +293,8 @@ class EngineCore:
             return None
         if not request.reuse:
             return "input_changed"
+        if request.has_read_failed:
+            return "read_failed"
         return "evicted" if request.history_known else "not_saved"
 
 

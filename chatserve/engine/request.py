@@ -20,7 +20,7 @@ class Request:
     `token_ids` grows by the tokens generated; `num_prompt` of them were given. The last one never has a KV row until
     the step after it was sampled. `max_tokens` is the length at which the request ends, for `limit_reason`.
     `promotion` brings back what tiers below have of it, asked for once an admission; `num_restored` tokens came from
-    each, in `restored_s`.
+    each, in `restored_s`, and `has_read_failed` when some of it could not be read.
     Steps in flight run ahead of what is known: `num_scheduled` tokens have rows or will have, `num_unknown` were
     sampled on the device and have not arrived. `slot` is the place of the last one of them there.
     """
@@ -50,6 +50,7 @@ class Request:
     has_asked_below: bool = False
     num_restored: dict[str, int] = field(default_factory=dict)
     restored_s: float = 0.0
+    has_read_failed: bool = False
     leader: Request | None = field(default=None, repr=False)
     leader_tokens: int = 0
     given: TokenArray = field(init=False, repr=False)  # the ids it came with, to compare with others'

@@ -129,7 +129,9 @@ class Scheduler:
             request.admitted_s = self._clock()
             request.num_cached_tokens = lease.num_cached_tokens
             request.num_restored = self._store.take_sources(request.session_id, request.salt, request.given)
-            request.restored_s = request.promotion.seconds if request.promotion else 0.0
+            if request.promotion is not None:
+                request.restored_s = request.promotion.seconds
+                request.has_read_failed = request.promotion.has_failed
         self._end_promotion(request)
         self.running.append(request)
         return True

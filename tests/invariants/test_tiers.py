@@ -104,9 +104,13 @@ def test_damaged_records_are_computed_again(expected, tmp_path, place):
     data[int(len(data) * place)] ^= 0x10
     largest.write_bytes(data)
     core = make_engine(tmp_path / "kv")
-    second, cached = reply(core, "s", [*PROMPT, *first, *NEXT])
-    assert (first, second) == expected
+    path = [*PROMPT, *first, *NEXT]
+    submit(core, "again", "s", path, max_output_tokens=24, num_history=len(path) - len(NEXT))
+    events = run_until_idle(core, check=False, max_steps=200_000)["again"]
+    assert (first, tokens_of(events)) == expected
+    _, _, cached, *_, reason = events[0]
     assert cached.get("disk", 0) < 400
+    assert reason == "read_failed"
     core.close(SAVE_S)
 
 
