@@ -7,11 +7,20 @@ knows tokens and bytes, not where pages lie.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 from kvstore.arrays import TokenArray
 from kvstore.layout import KVLayout
 
 KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPage:
+    """A page by what it holds; `num_bytes` is less than a page for one that ends in its path's last tokens."""
+
+    key: bytes
+    num_bytes: int
 
 
 class PageKeys:

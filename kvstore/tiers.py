@@ -8,23 +8,22 @@ copied up, and put in the index as if it had just been computed. Single-threaded
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from kvstore.arrays import PageArray, TokenArray, as_page_array
+from kvstore.arrays import PageArray, TokenArray
 from kvstore.cost import LinearCost
 from kvstore.disk import DiskTier
 from kvstore.errors import OutOfPages
 from kvstore.host import Buffer, HostPage, HostTier
-from kvstore.keys import PageKeys
+from kvstore.keys import NamedPage, PageKeys
 from kvstore.layout import KVLayout
+from kvstore.offload import Offloads
 from kvstore.pool import PagePool
 from kvstore.transfer import Transfer, Transfers
 
-MAX_BATCH_BYTES = 16 << 20  # of one copy down: what a copy up may have to wait for
 SHORT_SHARE = 4  # the device is short when less than one part in so many can be handed out
 
 
@@ -39,23 +38,6 @@ class Below:
     make_buffer: Callable[[], Buffer]
     transfers: Transfers
     open_disk: Callable[[bytes, int], DiskTier] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """A page whose first `num_bytes` are the rows of a path's last tokens."""
-
-    key: bytes
-    num_bytes: int
-
-
-@dataclass(slots=True)
-class Offload:
-    """Pages on their way to host memory."""
-
-    pages: PageArray
-    copies: list[HostPage]
-    transfer: Transfer
 
 
 @dataclass(eq=False, slots=True)
@@ -89,22 +71,12 @@ class Promotion:
 
 
 @dataclass(slots=True)
-class TierCounts:
-    """Pages moved so far, and pages whose way failed."""
+class PromotionCounts:
+    """Pages brought back so far, and pages whose way up failed."""
 
-    offloaded: int = 0
-    promoted_host: int = 0
-    promoted_disk: int = 0
-    written: int = 0
+    host: int = 0
+    disk: int = 0
     failed: int = 0
-
-
-@dataclass(slots=True)
-class _Writing:
-    """Host pages on their way to disk."""
-
-    copies: list[HostPage]
-    job: Future[int]
 
 
 @dataclass(slots=True)
@@ -121,26 +93,29 @@ class Tiers:
     depth: Callable[[bytes, TokenArray], int]
     lookup: Callable[[bytes, TokenArray], PageArray]
     allocate: Callable[[int], PageArray]
-    counts: TierCounts = field(default_factory=TierCounts)
+    counts: PromotionCounts = field(default_factory=PromotionCounts)
     prefill_cost: LinearCost = field(default_factory=LinearCost)  # of tokens; observed by whoever computes them
     host_cost: LinearCost = field(default_factory=LinearCost)  # of pages that come back from host memory
     disk_cost: LinearCost = field(default_factory=LinearCost)  # of pages some of which come from disk
     _key_of: dict[int, bytes] = field(default_factory=dict)  # of every complete page in the index
-    _tail_of: dict[int, Tail] = field(default_factory=dict)  # of tails in it
+    _tail_of: dict[int, NamedPage] = field(default_factory=dict)  # of tails in it
     _source_of: dict[int, str] = field(default_factory=dict)  # of promoted pages, until a turn uses them
-    _to_offload: deque[int] = field(default_factory=deque)  # pages, perhaps gone or saved since
-    _to_write: deque[bytes] = field(default_factory=deque)  # keys, perhaps forgotten since
-    _offload: Offload | None = None
-    _writing: _Writing | None = None
     _promotions: list[Promotion] = field(default_factory=list)
     _disk_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="kvstore-disk")
     )
+    offloads: Offloads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.offloads = Offloads(
+            self.pool, self.host, self.disk, self.transfers, self._disk_thread,
+            page_bytes=self.layout.page_bytes, named=self._named, is_below=self._is_below,
+        )  # fmt: skip
 
     @property
     def is_moving(self) -> bool:
         """Whether anything is on its way; `tend` has more to do soon."""
-        return bool(self._offload or self._writing or any(not promotion.is_over for promotion in self._promotions))
+        return self.offloads.is_moving or any(not promotion.is_over for promotion in self._promotions)
 
     def indexed(self, salt: bytes, tokens: TokenArray, pages: PageArray, num_known: int) -> None:
         """The pages of a path from `num_known` on are in the index since now."""
@@ -151,15 +126,15 @@ class Tiers:
             key = self._key_of[page] = self.keys.page(key, tokens[first(index) : first(index + 1)])
             self._tail_of.pop(page, None)
             if not self._is_below(key):
-                self._to_offload.append(page)
+                self.offloads.queue(page)
 
     def tail_indexed(self, salt: bytes, tokens: TokenArray, before: PageArray, page: int) -> None:
         """A path's last page, with rows up to its end, is in the index since now, behind the complete ones."""
         key = self._key_of[int(before[-1])] if len(before) else self.keys.root(salt)
         key = self.keys.tail(key, tokens[self.keys.first_token(len(before)) :])
-        self._tail_of[page] = Tail(key, self.layout.boundary_bytes(len(tokens)))
+        self._tail_of[page] = NamedPage(key, self.layout.boundary_bytes(len(tokens)))
         if not self._is_below(key):
-            self._to_offload.append(page)
+            self.offloads.queue(page)
 
     def forget(self, pages: PageArray) -> None:
         """These pages leave the index; what was copied of them stays below."""
@@ -185,13 +160,8 @@ class Tiers:
 
     def tend(self, *, idle: bool = False) -> None:
         """Take in what has arrived and send what should go; quick, once a step. `idle`: nobody needs the device."""
-        self._finish_offload()
-        self._finish_writing()
         self._advance_promotions()
-        if self._offload is None and (idle or self._is_short):
-            self._begin_offload()
-        if self._writing is None and self.disk is not None:
-            self._begin_writing(self.disk)
+        self.offloads.tend(may_begin=idle or self._is_short)
 
     def promote(self, salt: bytes, tokens: TokenArray) -> Promotion | None:
         """Begin to bring back what there is of a history behind what is in the index; None where that is nothing."""
@@ -250,7 +220,7 @@ class Tiers:
         """Send down all there is, until it is there or `time.monotonic()` passes the deadline; whether it is."""
         while time.monotonic() < deadline_s:
             self.tend(idle=True)
-            if not (self.is_moving or self._to_offload or (self.disk and self._to_write)):
+            if self.offloads.is_done and not self.is_moving:
                 return True
             time.sleep(0.0005)
         return False
@@ -261,17 +231,18 @@ class Tiers:
         return {
             "host_bytes": len(self.host) * self.layout.page_bytes,
             "disk_bytes": self.disk.stats().file_bytes if self.disk else 0,
-            "offloaded_pages": counts.offloaded,
-            "written_pages": counts.written,
-            "promoted_host_pages": counts.promoted_host,
-            "promoted_disk_pages": counts.promoted_disk,
-            "failed_pages": counts.failed,
+            "offloaded_pages": self.offloads.num_offloaded,
+            "written_pages": self.offloads.num_written,
+            "promoted_host_pages": counts.host,
+            "promoted_disk_pages": counts.disk,
+            "failed_pages": counts.failed + self.offloads.num_failed,
         }
 
     def held_pages(self) -> list[PageArray]:
         """Arrays of the pages that are held for what is on its way, once for each hold."""
-        held = [self._offload.pages] if self._offload else []
-        return held + [pages for promotion in self._promotions for pages in (promotion.before, promotion.pages)]
+        return self.offloads.held_pages + [
+            pages for promotion in self._promotions for pages in (promotion.before, promotion.pages)
+        ]
 
     def close(self) -> None:
         """Finish what is on its way and end the threads."""
@@ -284,85 +255,26 @@ class Tiers:
     def _is_short(self) -> bool:
         return self.pool.num_available * SHORT_SHARE < self.pool.capacity_pages
 
-    @property
-    def _batch_pages(self) -> int:
-        return max(1, MAX_BATCH_BYTES // self.layout.page_bytes)
-
     def _is_below(self, key: bytes) -> bool:
         return key in self.host or (self.disk is not None and self.disk.contains(key))
 
-    def _begin_offload(self) -> None:
-        pages: list[int] = []
-        copies: list[HostPage] = []
-        while self._to_offload and len(pages) < self._batch_pages:
-            page = self._to_offload[0]
-            named = self._named(page)
-            if named is not None and not self._is_below(named.key):
-                copy = self.host.reserve(named.key, named.num_bytes)
-                if copy is None and named.key not in self.host:
-                    break  # host memory is full of what is on its way
-                if copy is not None:
-                    pages.append(page)
-                    copies.append(copy)
-            self._to_offload.popleft()
-        if pages:
-            array = as_page_array(pages)
-            self.pool.ref(array)
-            self._offload = Offload(array, copies, self.transfers.down(pages, [copy.buffer for copy in copies]))
-
-    def _named(self, page: int) -> Tail | None:
+    def _named(self, page: int) -> NamedPage | None:
         """What the page holds, complete or not; None where it left the index."""
         key = self._key_of.get(page)
-        return self._tail_of.get(page) if key is None else Tail(key, self.layout.page_bytes)
+        return self._tail_of.get(page) if key is None else NamedPage(key, self.layout.page_bytes)
 
-    def _finish_offload(self) -> None:
-        offload = self._offload
-        if offload is None or not offload.transfer.done():
-            return
-        self._offload = None
-        self.pool.unref(offload.pages)
-        if offload.transfer.failed():
-            self.counts.failed += len(offload.copies)
-            for copy in offload.copies:
-                self.host.abandon(copy)
-            return
-        self.counts.offloaded += len(offload.copies)
-        for copy in offload.copies:
-            self.host.fill(copy)
-            self._to_write.append(copy.key)
-
-    def _begin_writing(self, disk: DiskTier) -> None:
-        copies: list[HostPage] = []
-        while self._to_write and len(copies) < self._batch_pages:
-            key = self._to_write.popleft()
-            if not disk.contains(key) and (copy := self.host.pin(key)) is not None:
-                copies.append(copy)
-        if copies:
-            records = [(copy.key, copy.buffer[: copy.num_bytes].data) for copy in copies]
-            self._writing = _Writing(copies, self._disk_thread.submit(_put, disk, records))
-
-    def _finish_writing(self) -> None:
-        writing = self._writing
-        if writing is None or not writing.job.done():
-            return
-        self._writing = None
-        self._let_go(writing.copies)
-        num_written = 0 if writing.job.exception() else writing.job.result()
-        self.counts.written += num_written
-        self.counts.failed += len(writing.copies) - num_written
-
-    def _find_below(self, salt: bytes, tokens: TokenArray, num_before: int) -> list[Tail]:
+    def _find_below(self, salt: bytes, tokens: TokenArray, num_before: int) -> list[NamedPage]:
         """The pages behind the first ones that lie below, up to the first that does not, or a tail in its place."""
         keys = self.keys.of_path(salt, tokens)
         below = list(takewhile(self._is_below, keys[num_before:]))
-        found = [Tail(key, self.layout.page_bytes) for key in below]
+        found = [NamedPage(key, self.layout.page_bytes) for key in below]
         num_pages = num_before + len(below)
         tail = self._find_tail(keys[num_pages - 1] if num_pages else self.keys.root(salt), tokens, num_pages)
         if tail is not None and (found or self._rows_of(num_before, [tail]) > self.depth(salt, tokens)):
             found.append(tail)
         return found
 
-    def _find_tail(self, before: bytes, tokens: TokenArray, num_pages: int) -> Tail | None:
+    def _find_tail(self, before: bytes, tokens: TokenArray, num_pages: int) -> NamedPage | None:
         """The longest tail below that continues a path's complete pages; each length has a key of its own."""
         first = self.keys.first_token(num_pages)
         most = min(len(tokens), self.keys.first_token(num_pages + 1) - 1)
@@ -370,10 +282,10 @@ class Tiers:
             num_bytes = self.layout.boundary_bytes(end)
             key = self.keys.tail(before, tokens[first:end])
             if num_bytes and self._is_below(key):
-                return Tail(key, num_bytes)
+                return NamedPage(key, num_bytes)
         return None
 
-    def _rows_of(self, num_before: int, pages: Sequence[Tail | HostPage]) -> int:
+    def _rows_of(self, num_before: int, pages: Sequence[NamedPage | HostPage]) -> int:
         """Tokens whose rows lie in these pages and the ones before."""
         num_bytes = num_before * self.layout.page_bytes + sum(page.num_bytes for page in pages)
         return num_bytes // self.layout.token_bytes
@@ -389,16 +301,16 @@ class Tiers:
         active = (promotion for promotion in self._promotions if not promotion.is_over)
         return next((found for found in active if any(copy.key == key for copy in found.copies)), None)
 
-    def _is_worth_it(self, num_before: int, found: Sequence[Tail]) -> bool:
+    def _is_worth_it(self, num_before: int, found: Sequence[NamedPage]) -> bool:
         """Whether bringing these pages back takes less time than computing their tokens, as far as that is known."""
         num_tokens = self._rows_of(num_before, found) - self._rows_of(num_before, [])
         computing_s = self.prefill_cost.estimate(num_tokens) - self.prefill_cost.estimate(0)
         return not self.prefill_cost.is_known or self._cost_of(found).estimate(len(found)) <= computing_s
 
-    def _cost_of(self, pages: Sequence[Tail | HostPage]) -> LinearCost:
+    def _cost_of(self, pages: Sequence[NamedPage | HostPage]) -> LinearCost:
         return self.host_cost if all(page.key in self.host for page in pages) else self.disk_cost
 
-    def _collect(self, found: Sequence[Tail]) -> tuple[list[HostPage], int]:
+    def _collect(self, found: Sequence[NamedPage]) -> tuple[list[HostPage], int]:
         """Held host pages for as many, from the first on, as there are; the last ones still to be read."""
         copies: list[HostPage] = []
         for page in found:
@@ -414,7 +326,7 @@ class Tiers:
             copies.append(copy)
         return copies, len(copies) - num_host
 
-    def _reserve_to_read(self, page: Tail) -> HostPage | None:
+    def _reserve_to_read(self, page: NamedPage) -> HostPage | None:
         if self.disk is None or not self.disk.contains(page.key):
             return None
         return self.host.reserve(page.key, page.num_bytes)
@@ -466,8 +378,8 @@ class Tiers:
             self.counts.failed += len(promotion.copies)
             promotion.copies, promotion.num_disk, promotion.has_failed = [], 0, True
         elif promotion.copies:
-            self.counts.promoted_host += promotion.num_host
-            self.counts.promoted_disk += promotion.num_disk
+            self.counts.host += promotion.num_host
+            self.counts.disk += promotion.num_disk
             cost = self.disk_cost if promotion.num_disk else self.host_cost
             cost.observe(len(promotion.copies), promotion.seconds)
             self.insert(promotion)
@@ -485,10 +397,6 @@ class Tiers:
                 self.host.unpin(copy)
             else:
                 self.host.abandon(copy)
-
-
-def _put(disk: DiskTier, records: Sequence[tuple[bytes, memoryview]]) -> int:
-    return disk.put(records)
 
 
 def _read(disk: DiskTier, copies: Sequence[HostPage]) -> int:
