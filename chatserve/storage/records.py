@@ -49,6 +49,7 @@ class RedisSessionRecords:
         self._clock = clock
         self._waiting: dict[str, RecordChanges] = {}
         self._flushing: asyncio.Task[None] | None = None
+        self._closed = False
 
     def touch(self, session_id: str, **changes: Unpack[RecordChanges]) -> None:
         """Note changes of a session's record; they are written soon, together with others. Never waits, never raises.
@@ -56,11 +57,12 @@ class RedisSessionRecords:
         A session that was deleted in the meantime gets no record.
         """
         self._merge(session_id, changes)
-        if self._flushing is None:
+        if self._flushing is None and not self._closed:
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 
     async def close(self) -> None:
-        """Send what is waiting if Redis is there, then stop."""
+        """Send what is waiting if Redis is there, then stop: what is touched later is not written."""
+        self._closed = True
         if self._flushing is not None:
             self._flushing.cancel()
             await asyncio.gather(self._flushing, return_exceptions=True)

@@ -163,6 +163,14 @@ async def test_what_waits_is_bounded(
     assert {record.session_id: record.turns for record in reader.changed_since(0)} == {"s1": 2, "s3": 1}
 
 
+async def test_nothing_is_written_after_the_end(records: RedisSessionRecords, reader: RedisRecordReader) -> None:
+    """A touch behind `close` starts nothing that would outlive its Redis."""
+    await records.close()
+    records.touch("s1", turns=1)
+    await asyncio.sleep(2 * records_module.GATHER_S)
+    assert reader.changed_since(0) == []
+
+
 def test_a_reader_without_redis_says_so(tmp_path: Path) -> None:
     """The planner goes on with what it knew, but must know that it missed something."""
     reader = RedisRecordReader(f"unix://{tmp_path}/nothing.sock")
