@@ -41,7 +41,6 @@ class HostTier:
         self._pages: OrderedDict[bytes, HostPage] = OrderedDict()  # least recently used first
         self._spare: list[Buffer] = []
         self._num_buffers = 0
-        self.num_evicted = 0
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -80,12 +79,6 @@ class HostTier:
         """The page may be forgotten again."""
         page.pins -= 1
 
-    def discard(self, key: bytes) -> None:
-        """Forget a page that nobody holds, if it is here."""
-        page = self._pages.get(key)
-        if page is not None and not page.pins:
-            self.abandon(page)
-
     def check_integrity(self) -> None:
         """Raise IntegrityError where pages and buffers contradict each other."""
         ensure(len(self._pages) + len(self._spare) == self._num_buffers, "a host buffer is lost")
@@ -105,5 +98,4 @@ class HostTier:
         if oldest is None:
             return None
         del self._pages[oldest.key]
-        self.num_evicted += 1
         return oldest.buffer

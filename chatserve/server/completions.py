@@ -121,7 +121,7 @@ async def _stream(completions: Completions, answer: Answer) -> StreamingResponse
     pieces = completions.run(answer.completion)
     try:
         first = await anext(pieces)
-    except BaseException:
+    except BaseException:  # a cancelled start must not leave the engine generating either; raised again
         await pieces.aclose()
         raise
     return ClosingStream(pieces, _chunks(answer, first, pieces))
