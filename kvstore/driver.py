@@ -103,10 +103,44 @@ class CudaDriver:
         """Copy on the device, in the stream's order."""
         _check("cuMemcpyDtoDAsync", cu.cuMemcpyDtoDAsync(target, source, num_bytes, stream))
 
-    def create_event(self) -> Any:
-        """An event on which a thread can sleep."""
-        flags = cu.CUevent_flags.CU_EVENT_DISABLE_TIMING | cu.CUevent_flags.CU_EVENT_BLOCKING_SYNC
+    def create_stream(self) -> int:
+        """A stream beside all others, which waits for none of them by itself."""
+        return int(_check("cuStreamCreate", cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)))
+
+    def destroy_stream(self, stream: int) -> None:
+        """Give a stream back."""
+        _check("cuStreamDestroy", cu.cuStreamDestroy(stream))
+
+    def finish_stream(self, stream: int) -> None:
+        """Wait until all that was queued on the stream has run."""
+        _check("cuStreamSynchronize", cu.cuStreamSynchronize(stream))
+
+    def copy_down(self, address: int, host: int, num_bytes: int, stream: int) -> None:
+        """Copy from the device to pinned host memory, in the stream's order."""
+        _check("cuMemcpyDtoHAsync", cu.cuMemcpyDtoHAsync(host, address, num_bytes, stream))
+
+    def copy_up(self, address: int, host: int, num_bytes: int, stream: int) -> None:
+        """Copy from pinned host memory to the device, in the stream's order."""
+        _check("cuMemcpyHtoDAsync", cu.cuMemcpyHtoDAsync(address, host, num_bytes, stream))
+
+    def pin(self, address: int, num_bytes: int) -> None:
+        """Let the device copy from and to a range of host memory by itself."""
+        _check("cuMemHostRegister", cu.cuMemHostRegister(address, num_bytes, 0))
+
+    def unpin(self, address: int) -> None:
+        """End what `pin` began at this address."""
+        _check("cuMemHostUnregister", cu.cuMemHostUnregister(address))
+
+    def create_event(self, *, timed: bool = False) -> Any:
+        """An event on which a thread can sleep; `elapsed_s` takes `timed` ones."""
+        flags = cu.CUevent_flags.CU_EVENT_BLOCKING_SYNC
+        if not timed:
+            flags |= cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
         return _check("cuEventCreate", cu.cuEventCreate(flags))
+
+    def elapsed_s(self, began: Any, ended: Any) -> float:
+        """Seconds between two timed events that have completed."""
+        return float(_check("cuEventElapsedTime", cu.cuEventElapsedTime(began, ended))) / 1000
 
     def destroy_event(self, event: Any) -> None:
         """Give an event back."""

@@ -7,15 +7,10 @@ It knows keys and bytes, no tokens, no device, and not who copies.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from kvstore.buffers import Buffer, Buffers
 from kvstore.errors import ensure
-
-Buffer = npt.NDArray[np.uint8]
 
 
 @dataclass(eq=False, slots=True)
@@ -28,29 +23,36 @@ class HostPage:
     pins: int = 0
     is_whole: bool = False
 
+    @property
+    def rows(self) -> Buffer:
+        """The part of the buffer that counts, uint8 [num_bytes]."""
+        return self.buffer[: self.num_bytes]
+
 
 class HostTier:
-    """At most `budget_bytes` of pages of `page_bytes`. Single-threaded, except that buffers are written elsewhere.
+    """As many pages as there are buffers. Single-threaded, except that buffers are written elsewhere."""
 
-    `make_buffer` gives memory for one page, pinned where a device copies from it; it is kept for the next page.
-    """
-
-    def __init__(self, budget_bytes: int, page_bytes: int, make_buffer: Callable[[], Buffer]) -> None:
-        self.num_slots = budget_bytes // page_bytes
-        self._make_buffer = make_buffer
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
         self._pages: OrderedDict[bytes, HostPage] = OrderedDict()  # least recently used first
         self._spare: list[Buffer] = []
-        self._num_buffers = 0
+        self._num_taken = 0
+        self.evicted_bytes = 0  # of pages forgotten to make room
 
     def __len__(self) -> int:
         return len(self._pages)
+
+    @property
+    def num_slots(self) -> int:
+        """Pages that there may be."""
+        return self._buffers.num_slots
 
     def __contains__(self, key: bytes) -> bool:
         page = self._pages.get(key)
         return page is not None and page.is_whole
 
     def reserve(self, key: bytes, num_bytes: int) -> HostPage | None:
-        """A pinned page to be filled; None when the key is known or nothing can be forgotten for it."""
+        """A pinned page to be filled; None when the key is known, or no buffer is to be had now."""
         if key in self._pages or (buffer := self._take_buffer()) is None:
             return None
         page = self._pages[key] = HostPage(key, buffer, num_bytes, pins=1)
@@ -79,10 +81,23 @@ class HostTier:
         """The page may be forgotten again."""
         page.pins -= 1
 
+    def forget(self, key: bytes) -> bool:
+        """Let go of the page, if there is one; False while somebody holds it."""
+        page = self._pages.get(key)
+        if page is not None and page.pins:
+            return False
+        if page is not None:
+            self.abandon(page)
+        return True
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        self._buffers.close()
+
     def check_integrity(self) -> None:
         """Raise IntegrityError where pages and buffers contradict each other."""
-        ensure(len(self._pages) + len(self._spare) == self._num_buffers, "a host buffer is lost")
-        ensure(self._num_buffers <= self.num_slots, "the host tier holds more than its budget")
+        ensure(len(self._pages) + len(self._spare) == self._num_taken, "a host buffer is lost")
+        ensure(self._num_taken <= self.num_slots, "the host tier holds more than its budget")
         ensure(len({id(page.buffer) for page in self._pages.values()}) == len(self._pages), "a host buffer is shared")
         for key, page in self._pages.items():
             ensure(page.key == key and page.pins >= 0, "a host page is held wrongly")
@@ -91,11 +106,13 @@ class HostTier:
     def _take_buffer(self) -> Buffer | None:
         if self._spare:
             return self._spare.pop()
-        if self._num_buffers < self.num_slots:
-            self._num_buffers += 1
-            return self._make_buffer()
+        if self._num_taken < self.num_slots:
+            buffer = self._buffers.take()
+            self._num_taken += buffer is not None
+            return buffer
         oldest = next((page for page in self._pages.values() if not page.pins), None)
         if oldest is None:
             return None
         del self._pages[oldest.key]
+        self.evicted_bytes += oldest.num_bytes
         return oldest.buffer

@@ -14,10 +14,11 @@ from kvstore.arrays import PageArray, TokenArray, as_page_array, common_prefix
 from kvstore.errors import MemoryRefused, OutOfPages
 from kvstore.node import Tail
 from kvstore.pool import PageState
+from kvstore.promotion import Promotion
 from kvstore.residency import Residency
 from kvstore.results import NO_PAGES, Boundary, Insertion, Match
 from kvstore.session import Session
-from kvstore.tiers import Promotion, Tiers
+from kvstore.tiers import Tiers
 
 
 class Keeper:
@@ -33,15 +34,15 @@ class Keeper:
         self.tiers: Tiers | None = None
 
     def adopt(self, promotion: Promotion) -> None:
-        """Index pages that came from another tier, behind those before them; a tail unless longer content is there."""
-        salt, tokens = promotion.salt, promotion.tokens
-        complete = promotion.pages[: len(promotion.pages) - promotion.has_tail]
-        path = np.concatenate((promotion.before, complete))
+        """Index the pages that have arrived, as if just computed; a tail unless longer content is there."""
+        salt, has_tail = promotion.salt, promotion.has_tail and promotion.has_arrived
+        path = np.concatenate((promotion.before, promotion.pages[: promotion.num_arrived - has_tail]))
+        tokens = promotion.tokens if has_tail else promotion.tokens[: self._layout.tokens_to_fill(len(path))]
         insertion = self._index.insert(salt, tokens, path)
         self._pool.publish(insertion.pages[insertion.num_known :])
         self._drop(insertion.dropped)
         self._tell_tiers(salt, tokens, insertion)
-        if promotion.has_tail:
+        if has_tail:
             self._adopt_tail(salt, tokens, insertion.pages, promotion.pages[-1:])
 
     def _adopt_tail(self, salt: bytes, tokens: TokenArray, before: PageArray, page: PageArray) -> None:

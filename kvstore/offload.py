@@ -1,4 +1,4 @@
-"""Pages on their way down: from the device to host memory, and from there to disk, one batch of each at a time.
+"""Pages on their way down: from the device to host memory, and from there to disk, in batches.
 
 It is told of pages in the order in which they should go, and asks what they hold when their turn comes: by then they
 may be gone, or saved. It knows neither tokens nor who wants pages back.
@@ -18,7 +18,7 @@ from kvstore.keys import NamedPage
 from kvstore.pool import PagePool
 from kvstore.transfer import Transfer, Transfers
 
-MAX_BATCH_BYTES = 16 << 20  # of one copy down: what a copy up may have to wait for
+HELD_SHARE = 8  # at most one page in so many is held because it is on its way down
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +54,28 @@ class Offloads:
         is_below: Callable[[bytes], bool],
     ) -> None:
         self.num_offloaded = 0
+        self.offloaded_bytes = 0
         self.num_written = 0
+        self.written_bytes = 0
         self.num_failed = 0
         self._pool = pool
         self._host = host
         self._disk = disk
         self._transfers = transfers
         self._disk_thread = disk_thread
-        self._batch_pages = max(1, MAX_BATCH_BYTES // page_bytes)
+        self._batch_pages = max(1, transfers.batch_bytes // page_bytes)
+        self._max_pages = max(1, min(transfers.max_batches * self._batch_pages, pool.capacity_pages // HELD_SHARE))
         self._named = named
         self._is_below = is_below
         self._to_offload: deque[int] = deque()  # pages, perhaps gone or saved since
         self._to_write: deque[bytes] = deque()  # keys, perhaps forgotten since
-        self._offload: Offload | None = None
+        self._offloads: deque[Offload] = deque()
         self._writing: Writing | None = None
 
     @property
     def is_moving(self) -> bool:
         """Whether anything is on its way."""
-        return bool(self._offload or self._writing)
+        return bool(self._offloads or self._writing)
 
     @property
     def is_done(self) -> bool:
@@ -82,7 +85,7 @@ class Offloads:
     @property
     def held_pages(self) -> list[PageArray]:
         """The pages held for what is on its way."""
-        return [self._offload.pages] if self._offload else []
+        return [offload.pages for offload in self._offloads]
 
     def queue(self, page: int) -> None:
         """This page should go down, after those queued before."""
@@ -90,23 +93,26 @@ class Offloads:
 
     def tend(self, *, may_begin: bool) -> None:
         """Take in what has arrived and send what should go; from the device only where that `may_begin` now."""
-        self._finish_offload()
+        while self._offloads and self._offloads[0].transfer.done():
+            self._finish_offload(self._offloads.popleft())
         self._finish_writing()
-        if self._offload is None and may_begin:
-            self._begin_offload()
+        while may_begin and self._begin_offload():
+            pass
         if self._writing is None and self._disk is not None:
             self._begin_writing(self._disk)
 
-    def _begin_offload(self) -> None:
+    def _begin_offload(self) -> bool:
+        """Send the next batch; False where there is none, no memory for it, or enough on its way."""
         pages: list[int] = []
         copies: list[HostPage] = []
-        while self._to_offload and len(pages) < self._batch_pages:
+        most = min(self._batch_pages, self._max_pages - sum(len(offload.pages) for offload in self._offloads))
+        while self._to_offload and len(pages) < most:
             page = self._to_offload[0]
             named = self._named(page)
             if named is not None and not self._is_below(named.key):
                 copy = self._host.reserve(named.key, named.num_bytes)
                 if copy is None and named.key not in self._host:
-                    break  # host memory is full of what is on its way
+                    break  # no buffer is to be had before something has arrived
                 if copy is not None:
                     pages.append(page)
                     copies.append(copy)
@@ -114,13 +120,11 @@ class Offloads:
         if pages:
             array = as_page_array(pages)
             self._pool.ref(array)
-            self._offload = Offload(array, copies, self._transfers.down(pages, [copy.buffer for copy in copies]))
+            transfer = self._transfers.down(pages, [copy.rows for copy in copies])
+            self._offloads.append(Offload(array, copies, transfer))
+        return bool(pages)
 
-    def _finish_offload(self) -> None:
-        offload = self._offload
-        if offload is None or not offload.transfer.done():
-            return
-        self._offload = None
+    def _finish_offload(self, offload: Offload) -> None:
         self._pool.unref(offload.pages)
         if offload.transfer.failed():
             self.num_failed += len(offload.copies)
@@ -128,6 +132,7 @@ class Offloads:
                 self._host.abandon(copy)
             return
         self.num_offloaded += len(offload.copies)
+        self.offloaded_bytes += sum(copy.num_bytes for copy in offload.copies)
         for copy in offload.copies:
             self._host.fill(copy)
             self._to_write.append(copy.key)
@@ -139,7 +144,7 @@ class Offloads:
             if not disk.contains(key) and (copy := self._host.pin(key)) is not None:
                 copies.append(copy)
         if copies:
-            records = [(copy.key, copy.buffer[: copy.num_bytes].data) for copy in copies]
+            records = [(copy.key, copy.rows.data) for copy in copies]
             self._writing = Writing(copies, self._disk_thread.submit(_put, disk, records))
 
     def _finish_writing(self) -> None:
@@ -151,6 +156,7 @@ class Offloads:
             self._host.unpin(copy)
         num_written = 0 if writing.job.exception() else writing.job.result()
         self.num_written += num_written
+        self.written_bytes += sum(copy.num_bytes for copy in writing.copies[:num_written])
         self.num_failed += len(writing.copies) - num_written
 
 

@@ -133,6 +133,25 @@ class RadixIndex:
             self._queue.offer(leaf)
         return eviction
 
+    def forget(
+        self, salt: bytes, token_ids: Sequence[int] | TokenArray, num_kept: int, is_pinned: Callable[[int], bool]
+    ) -> Eviction:
+        """Let go of a path's pages that end behind its first `num_kept` tokens, and what follows on its last edge.
+
+        Pages stay for which `is_pinned` holds, that a session maps, or below which another path goes on, and with them
+        everything before them.
+        """
+        eviction = Eviction()
+        for node in self._walk(salt, as_token_array(token_ids))[0][:0:-1]:
+            if node.parent is not None and (not node.is_leaf or node.session_ids):
+                break
+            if node.parent is not None:  # else it was bare, and went with what hung below it
+                num_left = max(0, self._layout.complete_pages(num_kept) - self._first_page(node))
+                num_pages = len(eviction.pages) + max(0, node.num_pages - num_left)
+                self._evict_from(node, num_pages, is_pinned, eviction)
+        self._queue.sweep()
+        return eviction
+
     def drop(self, salt: bytes) -> list[int]:
         """Forget everything under a salt; returns its pages. Raises ValueError while a session maps some of them."""
         root = self._roots.get(self._key(salt))

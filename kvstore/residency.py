@@ -9,16 +9,19 @@ import contextlib
 from collections.abc import Callable
 from typing import ParamSpec
 
-from kvstore.arrays import PageArray, as_page_array
+from kvstore.arrays import PageArray, TokenArray, as_page_array
 from kvstore.errors import MemoryRefused, OutOfMappings, OutOfPages, OutOfRanges, ensure
 from kvstore.layout import KVLayout
 from kvstore.memory import VirtualMemory
 from kvstore.node import Resident, disown_tail
 from kvstore.pool import PagePool
 from kvstore.radix import RadixIndex
+from kvstore.results import Eviction
 from kvstore.session import Session
 from kvstore.tensor import VirtualTensor
 from kvstore.tiers import Tiers
+
+MAX_SPARED = 256  # pages that one eviction passes over because they lie nowhere else
 
 P = ParamSpec("P")
 
@@ -102,8 +105,30 @@ class Residency:
                     raise OutOfPages(num_pages, shortage.available + evictable) from shortage
 
     def evict(self, num_pages: int) -> int:
-        """Free up to `num_pages` idle pages, unmapping them from every idle range; returns how many."""
-        eviction = self.index.evict(num_pages, lambda page: self.pool.refs(page) > 1)
+        """Free up to `num_pages` idle pages, unmapping them from every idle range; returns how many.
+
+        Those that lie on another tier too go first.
+        """
+        num_freed = 0
+        if self.tiers is not None:
+            num_freed = self._let_go(self.index.evict(num_pages, self._sparing_unsaved(self.tiers)))
+        if num_freed < num_pages:
+            num_freed += self._let_go(self.index.evict(num_pages - num_freed, self._is_pinned))
+        return num_freed
+
+    def _sparing_unsaved(self, tiers: Tiers) -> Callable[[int], bool]:
+        """Whether a page is pinned, or would be lost; the latter is said of a limited number only, to be quick."""
+        spared = iter(range(MAX_SPARED))
+        return lambda page: self._is_pinned(page) or (not tiers.is_saved(page) and next(spared, None) is not None)
+
+    def forget(self, salt: bytes, tokens: TokenArray, num_kept: int) -> int:
+        """Free the pages behind a history's first tokens that nobody else shares or holds now; returns how many."""
+        return self._let_go(self.index.forget(salt, tokens, num_kept, self._is_pinned))
+
+    def _is_pinned(self, page: int) -> bool:
+        return self.pool.refs(page) > 1
+
+    def _let_go(self, eviction: Eviction) -> int:
         for resident in eviction.residents:
             self.cut(self.sessions[resident.session_id], resident.num_pages)
         pages = as_page_array(eviction.pages)

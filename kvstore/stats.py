@@ -12,12 +12,14 @@ from kvstore.pool import PageCounts
 class KVStats:
     """Pages by state, sizes in bytes, and counts since the store began.
 
-    `host_bytes` and `disk_bytes` lie on the tiers below; pages went down to host memory (`offloaded_pages`) and on to
-    disk (`written_pages`), came back from either, or failed on their way.
+    `host_bytes` and `disk_bytes` lie on the tiers below; pages went down to host memory (offloaded) and on to disk
+    (written), came back from either (promoted), were forgotten there (evicted), or failed on their way. The bytes of
+    what moved are those of its rows.
     `physical_bytes` is what the system says the pages hold; `num_sessions` are resident, `num_leases` of them leased.
     """
 
     page_bytes: int
+    token_bytes: int
     budget_bytes: int
     physical_bytes: int
     pages: PageCounts
@@ -29,11 +31,19 @@ class KVStats:
     evicted_pages: int
     evicted_tokens: int
     host_bytes: int = 0
+    host_budget_bytes: int = 0
     disk_bytes: int = 0
+    disk_budget_bytes: int = 0
     offloaded_pages: int = 0
+    offloaded_bytes: int = 0
     written_pages: int = 0
+    written_bytes: int = 0
     promoted_host_pages: int = 0
+    promoted_host_bytes: int = 0
     promoted_disk_pages: int = 0
+    promoted_disk_bytes: int = 0
+    evicted_host_bytes: int = 0
+    evicted_disk_bytes: int = 0
     failed_pages: int = 0
 
     @property

@@ -6,12 +6,14 @@ knows no model, no kernels and no chat. Single-threaded.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
 from kvstore.arrays import TokenArray, as_page_array, as_token_array
 from kvstore.errors import LeaseHeld, OutOfPages
 from kvstore.eviction import EvictionPolicy
+from kvstore.forgetting import Forgetter
 from kvstore.host import HostTier
 from kvstore.integrity import check_frontier, check_holders
 from kvstore.keeper import Keeper
@@ -19,11 +21,12 @@ from kvstore.keys import PageKeys
 from kvstore.layout import KVLayout
 from kvstore.memory import VirtualMemory
 from kvstore.pool import PagePool
+from kvstore.promotion import Promotion
 from kvstore.radix import RadixIndex
 from kvstore.residency import Residency
 from kvstore.session import Lease, Session
 from kvstore.stats import KVStats
-from kvstore.tiers import Below, Promotion, Tiers
+from kvstore.tiers import Below, Tiers
 
 DEFAULT_FLOOR_BYTES = 32 << 20
 MAX_ARENA_TOKENS = 2**31 - 1
@@ -73,6 +76,8 @@ class KVStore:
         self.prefix_sharing = prefix_sharing
         self.tiers = self._make_tiers(below, fingerprint) if below else None
         self._residency.tiers = self._keeper.tiers = self.tiers
+        self._forgetter = Forgetter(layout, self._residency)
+        self._forgetter.tiers = self.tiers
         memory.reserve(max_ranges * range_bytes)
         rows = memory.view(0, max_ranges * range_bytes).view(layout.dtype)
         self.arena = rows.view(-1, layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
@@ -113,16 +118,40 @@ class KVStore:
                 self.tiers.forget(pages)
             self._pool.withdraw(pages)
 
+    def forget(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray, num_kept: int) -> None:
+        """Take a history out of every tier but for its first `num_kept` tokens, which others share; `tend` goes on.
+
+        What the index knows to be shared stays. Raises LeaseHeld while the session is leased.
+        """
+        self.drop_session(session_id)
+        self._forgetter.forget(self._namespace(session_id, salt), as_token_array(token_ids), num_kept)
+
     def promote(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> Promotion | None:
-        """Begin to bring back what tiers below have of a history; None where that is nothing. `end_promotion` it."""
+        """Begin to bring back the next part of what tiers below have of a history; `end_promotion` it.
+
+        None where there is nothing, or nothing that takes longer to compute. Raises OutOfPages.
+        """
         if self.tiers is None:
             return None
         return self.tiers.promote(self._namespace(session_id, salt), as_token_array(token_ids))
 
+    def map_ahead(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> None:
+        """Map the complete pages that there are of a history, so that leasing it takes less time; it may be evicted.
+
+        Does nothing where the session is leased, or pages cannot be mapped now.
+        """
+        session = self._residency.sessions.get(session_id)
+        if session is not None and session.lease is not None:
+            return
+        tokens = as_token_array(token_ids)
+        num_pages = len(self._index.lookup(self._namespace(session_id, salt), tokens))
+        with contextlib.suppress(OutOfPages):
+            self.lease(session_id, salt, tokens[: self.layout.tokens_to_fill(num_pages)]).release()
+
     def end_promotion(self, promotion: Promotion) -> None:
         """The history is leased, or nobody waits for it any more: what was brought back may be evicted again."""
         if self.tiers is not None:
-            self.tiers.end(promotion)
+            self.tiers.promotions.end(promotion)
 
     def take_sources(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> dict[str, int]:
         """How many tokens of a history were brought back from which tier since anybody leased them last."""
@@ -132,17 +161,30 @@ class KVStore:
         boundary = [match.boundary.page] if match.boundary else []
         return self.tiers.take_sources([*match.pages.tolist(), *boundary], match.num_tokens)
 
-    def tend(self, *, idle: bool = False) -> bool:
-        """Take care of what moves between tiers, once a step; whether anything is on its way. `idle`: nothing runs."""
+    def tend(self, *, idle: bool = False, busy_s: float = 0.0) -> bool:
+        """Take care of what moves between tiers, once a step; whether anything is on its way.
+
+        `idle`: nothing runs. `busy_s`: for about so long the device is busy with what it was given.
+        """
         if self.tiers is None:
             return False
-        self.tiers.tend(idle=idle)
-        return self.tiers.is_moving
+        self.tiers.tend(idle=idle, busy_s=busy_s)
+        self._forgetter.tend()
+        return self.tiers.is_moving or self._forgetter.is_busy
 
     def note_computed(self, num_tokens: int, seconds: float) -> None:
         """So many tokens of prompts were computed in that time; what is quicker computed is not brought back."""
         if self.tiers is not None:
             self.tiers.prefill_cost.observe(num_tokens, seconds)
+
+    def computing_s(self, num_tokens: int) -> float:
+        """How long a step takes that computes so many tokens of prompts; 0 where that is not known."""
+        return self.tiers.prefill_cost.estimate(num_tokens) if self.tiers is not None else 0.0
+
+    @property
+    def is_forgetting(self) -> bool:
+        """Whether something that was to be forgotten is still in some tier."""
+        return self._forgetter.is_busy
 
     @property
     def is_moving(self) -> bool:
@@ -150,8 +192,19 @@ class KVStore:
         return self.tiers is not None and self.tiers.is_moving
 
     def flush(self, deadline_s: float) -> bool:
-        """Copy all histories down, until `time.monotonic()` passes the deadline; whether all are there."""
+        """Copy all histories down, until `time.monotonic()` passes the deadline; whether all are there.
+
+        What is to be forgotten is forgotten first.
+        """
+        while self._forgetter.is_busy and time.monotonic() < deadline_s:
+            self.tend()
+            time.sleep(0.0005)
         return self.tiers is None or self.tiers.flush(deadline_s)
+
+    @property
+    def holds_foreign_pages(self) -> bool:
+        """Whether the disk was another model's when it was opened, so that what it had of a history is of no use."""
+        return self.tiers is not None and self.tiers.disk is not None and self.tiers.disk.was_foreign
 
     def sessions(self) -> list[str]:
         """Sessions that have rows mapped or are leased."""
@@ -185,6 +238,7 @@ class KVStore:
         residency = self._residency
         return KVStats(
             page_bytes=self.layout.page_bytes,
+            token_bytes=self.layout.token_bytes,
             budget_bytes=(self._pool.capacity_pages + self._pool.num_guard) * self.layout.page_bytes,
             physical_bytes=self._memory.physical_bytes,
             pages=self._pool.counts,
@@ -222,6 +276,7 @@ class KVStore:
 
     def close(self) -> None:
         """Give everything back; the arena and leases must not be touched afterwards."""
+        self._forgetter.close()
         if self.tiers is not None:
             self.tiers.close()
         self._memory.close()
@@ -229,9 +284,9 @@ class KVStore:
     def _make_tiers(self, below: Below, fingerprint: bytes) -> Tiers:
         """Raises ValueError for host memory of less than one page."""
         keys = PageKeys(self.layout, fingerprint)
-        host = HostTier(below.host_bytes, self.layout.page_bytes, below.make_buffer)
+        host = HostTier(below.buffers)
         if not host.num_slots:
-            raise ValueError(f"host_bytes={below.host_bytes}: must hold a page of {self.layout.page_bytes} bytes")
+            raise ValueError(f"buffers: there must be memory for one page of {self.layout.page_bytes} bytes")
         return Tiers(
             self.layout, self._pool, keys, host, below.transfers,
             below.open_disk(keys.fingerprint, self.layout.page_bytes) if below.open_disk else None,

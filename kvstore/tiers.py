@@ -7,76 +7,42 @@ copied up, and put in the index as if it had just been computed. Single-threaded
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 from kvstore.arrays import PageArray, TokenArray
+from kvstore.buffers import Buffers
 from kvstore.cost import LinearCost
 from kvstore.disk import DiskTier
 from kvstore.errors import OutOfPages
-from kvstore.host import Buffer, HostPage, HostTier
+from kvstore.host import HostPage, HostTier
 from kvstore.keys import NamedPage, PageKeys
 from kvstore.layout import KVLayout
 from kvstore.offload import Offloads
 from kvstore.pool import PagePool
-from kvstore.transfer import Transfer, Transfers
+from kvstore.promotion import Promotion, Promotions
+from kvstore.transfer import Transfers
 
-SHORT_SHARE = 4  # the device is short when less than one part in so many can be handed out
+UNUSED_SHARE = 3 / 4  # of the device: when less can be handed out, pages go down beside the steps
+PART_BATCHES = 16  # a promotion brings at most so many batches, and reads at most one from disk: then rates are known
+PATIENCE_S = 0.5  # how much longer than computing them it may take to bring rows back
+NUM_DISK_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Below:
-    """What lies below a store's device: `host_bytes` of buffers of one page each, and perhaps a disk.
+    """What lies below a store's device: buffers of one page each, and perhaps a disk.
 
     `open_disk` is given the fingerprint of records and the size of a page.
     """
 
-    host_bytes: int
-    make_buffer: Callable[[], Buffer]
+    buffers: Buffers
     transfers: Transfers
     open_disk: Callable[[bytes, int], DiskTier] | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Promotion:
-    """The rows of `tokens` behind those of the pages `before`, which are held meanwhile, on their way up.
-
-    `num_host` and `num_disk` pages come from each tier; where `has_tail` the last one is not complete, and its rows are
-    those of the last tokens. `num_wanted` requests wait: ask `is_over` until it is, then lease, and `Tiers.end` it.
-    `has_failed`: some of what was there could not be read.
-    """
-
-    salt: bytes
-    tokens: TokenArray
-    before: PageArray
-    pages: PageArray
-    copies: list[HostPage]
-    num_disk: int
-    has_tail: bool
-    began_s: float
-    reading: Future[int] | None = None
-    transfer: Transfer | None = None
-    is_over: bool = False
-    num_wanted: int = 1
-    has_failed: bool = False
-    seconds: float = 0.0
-
-    @property
-    def num_host(self) -> int:
-        """Pages that came from host memory."""
-        return len(self.copies) - self.num_disk
-
-
-@dataclass(slots=True)
-class PromotionCounts:
-    """Pages brought back so far, and pages whose way up failed."""
-
-    host: int = 0
-    disk: int = 0
-    failed: int = 0
 
 
 @dataclass(slots=True)
@@ -93,29 +59,29 @@ class Tiers:
     depth: Callable[[bytes, TokenArray], int]
     lookup: Callable[[bytes, TokenArray], PageArray]
     allocate: Callable[[int], PageArray]
-    counts: PromotionCounts = field(default_factory=PromotionCounts)
     prefill_cost: LinearCost = field(default_factory=LinearCost)  # of tokens; observed by whoever computes them
-    host_cost: LinearCost = field(default_factory=LinearCost)  # of pages that come back from host memory
-    disk_cost: LinearCost = field(default_factory=LinearCost)  # of pages some of which come from disk
     _key_of: dict[int, bytes] = field(default_factory=dict)  # of every complete page in the index
     _tail_of: dict[int, NamedPage] = field(default_factory=dict)  # of tails in it
     _source_of: dict[int, str] = field(default_factory=dict)  # of promoted pages, until a turn uses them
-    _promotions: list[Promotion] = field(default_factory=list)
-    _disk_thread: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="kvstore-disk")
+    _disk_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(NUM_DISK_THREADS, thread_name_prefix="kvstore-disk")
     )
     offloads: Offloads = field(init=False)
+    promotions: Promotions = field(init=False)
 
     def __post_init__(self) -> None:
         self.offloads = Offloads(
-            self.pool, self.host, self.disk, self.transfers, self._disk_thread,
+            self.pool, self.host, self.disk, self.transfers, self._disk_threads,
             page_bytes=self.layout.page_bytes, named=self._named, is_below=self._is_below,
         )  # fmt: skip
+        self.promotions = Promotions(
+            self.layout, self.pool, self.host, self.disk, self.transfers, self._disk_threads, self._index
+        )
 
     @property
     def is_moving(self) -> bool:
         """Whether anything is on its way; `tend` has more to do soon."""
-        return self.offloads.is_moving or any(not promotion.is_over for promotion in self._promotions)
+        return self.offloads.is_moving or self.promotions.is_moving
 
     def indexed(self, salt: bytes, tokens: TokenArray, pages: PageArray, num_known: int) -> None:
         """The pages of a path from `num_known` on are in the index since now."""
@@ -143,6 +109,11 @@ class Tiers:
             self._tail_of.pop(page, None)
             self._source_of.pop(page, None)
 
+    def is_saved(self, page: int) -> bool:
+        """Whether what the page holds lies below, or is nothing that is shared."""
+        named = self._named(page)
+        return named is None or self._is_below(named.key)
+
     @property
     def has_sources(self) -> bool:
         """Whether anything was brought back that no turn has used yet."""
@@ -158,40 +129,51 @@ class Tiers:
                 counts[source] += min(end, num_tokens) - start
         return counts
 
-    def tend(self, *, idle: bool = False) -> None:
-        """Take in what has arrived and send what should go; quick, once a step. `idle`: nobody needs the device."""
-        self._advance_promotions()
+    def tend(self, *, idle: bool = False, busy_s: float = 0.0) -> None:
+        """Take in what has arrived and send what should go; quick, once a step. `idle`: nobody needs the device.
+
+        `busy_s`: for about so long it is busy with what it was given.
+        """
+        self.transfers.pace(busy_s)
+        self.promotions.advance()
         self.offloads.tend(may_begin=idle or self._is_short)
 
     def promote(self, salt: bytes, tokens: TokenArray) -> Promotion | None:
-        """Begin to bring back what there is of a history behind what is in the index; None where that is nothing."""
+        """Begin to bring back the next part of a history behind what is in the index.
+
+        None where nothing of it lies below, or it is computed sooner. Raises OutOfPages.
+        """
         if not len(self.host) and self.disk is None:
             return None
         before = self.lookup(salt, tokens)
         found = self._find_below(salt, tokens, len(before))
-        if not found:
-            return None
-        if (coming := self._find_coming(found[0].key)) is not None:
+        if found and (coming := self.promotions.find(found[0].key)) is not None:
             coming.num_wanted += 1
             return coming
-        if not self._is_worth_it(len(before), found):
-            return None
-        copies, num_disk = self._collect(found)
+        copies, unread = self._collect(self._worthwhile(len(before), found))
         if not copies:
             return None
+        promotion = self._hold(salt, tokens, before, copies, unread)
+        promotion.is_last = len(copies) == len(found)
+        self.promotions.begin(promotion)
+        return promotion
+
+    def _hold(
+        self, salt: bytes, tokens: TokenArray, before: PageArray, copies: list[HostPage], unread: list[int]
+    ) -> Promotion:
+        """Pages for these copies; they and those before them are held."""
         self.pool.ref(before)
         try:
             pages = self.allocate(len(copies))
         except OutOfPages:
             self.pool.unref(before)
-            self._let_go(copies)
-            return None
-        has_tail = copies[-1].num_bytes < self.layout.page_bytes
+            self.promotions.let_go(copies)
+            raise
         end = self._end_of(len(before), copies)
-        promotion = Promotion(salt, tokens[:end], before, pages, copies, num_disk, has_tail, time.monotonic())
-        self._begin_promotion(promotion)
-        self._promotions.append(promotion)
-        return promotion
+        now_s = time.monotonic()
+        computing_s = self._computing_s(len(before), copies) if self.prefill_cost.is_known else math.inf
+        give_up_s = now_s + PATIENCE_S + computing_s
+        return Promotion(salt, tokens[:end], before, pages, copies, unread, now_s, give_up_s)
 
     def below(self, salt: bytes, tokens: TokenArray, num_before: int) -> dict[str, int]:
         """Tokens behind the first `num_before` pages that host memory, and then the disk, would give."""
@@ -202,19 +184,7 @@ class Tiers:
 
     def restore_s(self, salt: bytes, tokens: TokenArray, num_before: int) -> float:
         """How long bringing these back would take, by what it took before; 0 for nothing."""
-        found = self._find_below(salt, tokens, num_before)
-        return self._cost_of(found).estimate(len(found)) if found else 0.0
-
-    def end(self, promotion: Promotion) -> None:
-        """The promotion's pages need not be held any more, or, before it is over, not longer than until then."""
-        promotion.num_wanted -= 1
-        self._release_unwanted(promotion)
-
-    def _release_unwanted(self, promotion: Promotion) -> None:
-        if promotion.is_over and not promotion.num_wanted:
-            self._promotions.remove(promotion)
-            self.pool.unref(promotion.before)
-            self.pool.unref(promotion.pages)
+        return self._restoring_s(self._find_below(salt, tokens, num_before))
 
     def flush(self, deadline_s: float) -> bool:
         """Send down all there is, until it is there or `time.monotonic()` passes the deadline; whether it is."""
@@ -227,33 +197,40 @@ class Tiers:
 
     def figures(self) -> dict[str, int]:
         """The tiers' part of `KVStats`."""
-        counts = self.counts
+        counts, disk = self.promotions.counts, self.disk.stats() if self.disk else None
         return {
             "host_bytes": len(self.host) * self.layout.page_bytes,
-            "disk_bytes": self.disk.stats().file_bytes if self.disk else 0,
+            "host_budget_bytes": self.host.num_slots * self.layout.page_bytes,
+            "disk_bytes": disk.file_bytes if disk else 0,
+            "disk_budget_bytes": disk.budget_bytes if disk else 0,
             "offloaded_pages": self.offloads.num_offloaded,
+            "offloaded_bytes": self.offloads.offloaded_bytes,
             "written_pages": self.offloads.num_written,
+            "written_bytes": self.offloads.written_bytes,
             "promoted_host_pages": counts.host,
+            "promoted_host_bytes": counts.host_bytes,
             "promoted_disk_pages": counts.disk,
+            "promoted_disk_bytes": counts.disk_bytes,
+            "evicted_host_bytes": self.host.evicted_bytes,
+            "evicted_disk_bytes": disk.evicted_bytes if disk else 0,
             "failed_pages": counts.failed + self.offloads.num_failed,
         }
 
     def held_pages(self) -> list[PageArray]:
         """Arrays of the pages that are held for what is on its way, once for each hold."""
-        return self.offloads.held_pages + [
-            pages for promotion in self._promotions for pages in (promotion.before, promotion.pages)
-        ]
+        return self.offloads.held_pages + self.promotions.held_pages
 
     def close(self) -> None:
         """Finish what is on its way and end the threads."""
         self.transfers.close()
-        self._disk_thread.shutdown()
+        self._disk_threads.shutdown()
+        self.host.close()
         if self.disk is not None:
             self.disk.close()
 
     @property
     def _is_short(self) -> bool:
-        return self.pool.num_available * SHORT_SHARE < self.pool.capacity_pages
+        return self.pool.num_available < UNUSED_SHARE * self.pool.capacity_pages
 
     def _is_below(self, key: bytes) -> bool:
         return key in self.host or (self.disk is not None and self.disk.contains(key))
@@ -296,112 +273,54 @@ class Tiers:
             return self._rows_of(num_before, copies)
         return self.layout.tokens_to_fill(num_before + len(copies))
 
-    def _find_coming(self, key: bytes) -> Promotion | None:
-        """A promotion that is bringing this page back already."""
-        active = (promotion for promotion in self._promotions if not promotion.is_over)
-        return next((found for found in active if any(copy.key == key for copy in found.copies)), None)
+    def _worthwhile(self, num_before: int, found: Sequence[NamedPage]) -> Sequence[NamedPage]:
+        """As many of these pages, from the first on, as are brought back sooner than computed, as far as is known.
 
-    def _is_worth_it(self, num_before: int, found: Sequence[NamedPage]) -> bool:
-        """Whether bringing these pages back takes less time than computing their tokens, as far as that is known."""
-        num_tokens = self._rows_of(num_before, found) - self._rows_of(num_before, [])
-        computing_s = self.prefill_cost.estimate(num_tokens) - self.prefill_cost.estimate(0)
-        return not self.prefill_cost.is_known or self._cost_of(found).estimate(len(found)) <= computing_s
+        All of them, or those before the first that has to be read from disk; at most what one promotion brings.
+        """
+        num_host = sum(1 for _ in takewhile(lambda page: page.key in self.host, found))
+        if not self.prefill_cost.is_known:
+            return found
+        gain, best = 0.0, 0
+        for count in (num_host, len(found)):
+            part = found[:count]
+            gained = self._computing_s(num_before, part) - self._restoring_s(part)
+            gain, best = max((gain, best), (gained, count))
+        return found[:best]
 
-    def _cost_of(self, pages: Sequence[NamedPage | HostPage]) -> LinearCost:
-        return self.host_cost if all(page.key in self.host for page in pages) else self.disk_cost
+    def _computing_s(self, num_before: int, pages: Sequence[NamedPage | HostPage]) -> float:
+        """How long it would take to compute the rows in these pages."""
+        num_tokens = self._rows_of(num_before, pages) - self._rows_of(num_before, [])
+        return self.prefill_cost.estimate(num_tokens) - self.prefill_cost.estimate(0)
 
-    def _collect(self, found: Sequence[NamedPage]) -> tuple[list[HostPage], int]:
-        """Held host pages for as many, from the first on, as there are; the last ones still to be read."""
+    def _restoring_s(self, pages: Sequence[NamedPage]) -> float:
+        """How long it would take to bring these pages back."""
+        num_disk = sum(page.key not in self.host for page in pages)
+        reading_s = self.promotions.disk_cost.estimate(num_disk) if num_disk else 0.0
+        return reading_s + (self.promotions.host_cost.estimate(len(pages)) if pages else 0.0)
+
+    def _collect(self, found: Sequence[NamedPage]) -> tuple[list[HostPage], list[int]]:
+        """Held host pages for as many as one promotion brings and there is room for, and which of them to read."""
+        batch_pages = max(1, self.transfers.batch_bytes // self.layout.page_bytes)
         copies: list[HostPage] = []
-        for page in found:
+        unread: list[int] = []
+        for page in found[: PART_BATCHES * batch_pages]:
             copy = self.host.pin(page.key)
+            if copy is None and len(unread) < batch_pages and (copy := self._reserve_to_read(page)) is not None:
+                unread.append(len(copies))
             if copy is None:
                 break
             copies.append(copy)
-        num_host = len(copies)
-        for page in found[num_host:]:
-            copy = self._reserve_to_read(page)
-            if copy is None:
-                break
-            copies.append(copy)
-        return copies, len(copies) - num_host
+        return copies, unread
 
     def _reserve_to_read(self, page: NamedPage) -> HostPage | None:
         if self.disk is None or not self.disk.contains(page.key):
             return None
         return self.host.reserve(page.key, page.num_bytes)
 
-    def _begin_promotion(self, promotion: Promotion) -> None:
-        if promotion.num_disk and self.disk is not None:
-            unread = promotion.copies[promotion.num_host :]
-            promotion.reading = self._disk_thread.submit(_read, self.disk, unread)
-        else:
-            self._copy_up(promotion)
-
-    def _copy_up(self, promotion: Promotion) -> None:
-        buffers = [copy.buffer for copy in promotion.copies]
-        promotion.transfer = self.transfers.up(promotion.pages.tolist(), buffers)
-
-    def _advance_promotions(self) -> None:
-        for promotion in [promotion for promotion in self._promotions if not promotion.is_over]:
-            if promotion.reading is not None and promotion.reading.done():
-                self._take_read(promotion, promotion.reading)
-            if promotion.transfer is not None and promotion.transfer.done():
-                self._finish_promotion(promotion, promotion.transfer)
-
-    def _take_read(self, promotion: Promotion, reading: Future[int]) -> None:
-        """Keep the pages that were read well, from the first on; the others are given back."""
-        promotion.reading = None
-        num_read = 0 if reading.exception() else reading.result()
-        unread = promotion.copies[promotion.num_host :]
-        for copy in unread[:num_read]:
-            copy.is_whole = True
-        for copy in unread[num_read:]:
-            self.host.abandon(copy)
-        promotion.has_failed = num_read < len(unread)
-        self.counts.failed += len(unread) - num_read
-        self._shorten(promotion, len(promotion.copies) - (len(unread) - num_read))
-        promotion.num_disk = num_read
-        self._copy_up(promotion)
-
-    def _shorten(self, promotion: Promotion, num_pages: int) -> None:
-        self.pool.unref(promotion.pages[num_pages:])
-        promotion.pages = promotion.pages[:num_pages]
-        promotion.has_tail = promotion.has_tail and num_pages == len(promotion.copies)
-        promotion.copies = promotion.copies[:num_pages]
-        promotion.tokens = promotion.tokens[: self._end_of(len(promotion.before), promotion.copies)]
-
-    def _finish_promotion(self, promotion: Promotion, transfer: Transfer) -> None:
-        self._let_go(promotion.copies)
-        promotion.is_over, promotion.seconds = True, time.monotonic() - promotion.began_s
-        if transfer.failed():
-            self.counts.failed += len(promotion.copies)
-            promotion.copies, promotion.num_disk, promotion.has_failed = [], 0, True
-        elif promotion.copies:
-            self.counts.host += promotion.num_host
-            self.counts.disk += promotion.num_disk
-            cost = self.disk_cost if promotion.num_disk else self.host_cost
-            cost.observe(len(promotion.copies), promotion.seconds)
-            self.insert(promotion)
-            self._note_sources(promotion)
-        self._release_unwanted(promotion)
-
-    def _note_sources(self, promotion: Promotion) -> None:
-        for index, page in enumerate(promotion.pages.tolist()):
+    def _index(self, promotion: Promotion) -> None:
+        """What has come back is in the index from now on, and whence it came is remembered."""
+        self.insert(promotion)
+        for number, page in enumerate(promotion.pages[: promotion.num_arrived].tolist()):
             if self._named(page) is not None:  # else someone else's page with the same rows was there first
-                self._source_of[page] = "host" if index < promotion.num_host else "disk"
-
-    def _let_go(self, copies: Sequence[HostPage]) -> None:
-        for copy in copies:
-            if copy.is_whole:
-                self.host.unpin(copy)
-            else:
-                self.host.abandon(copy)
-
-
-def _read(disk: DiskTier, copies: Sequence[HostPage]) -> int:
-    """How many of the pages, from the first on, were read whole."""
-    for number, copy in enumerate(copies):
-        if disk.read_into(copy.key, copy.buffer.data) != copy.num_bytes:
-            return number
-    return len(copies)
+                self._source_of[page] = "disk" if number in promotion.unread else "host"

@@ -127,6 +127,10 @@ class WsSession:
         turn.arrivals = [(at_s, turn.num_output * chars / num_chars) for at_s, chars in deltas]
         return turn
 
+    async def detach(self) -> None:
+        """Follow the session no longer: a connection follows a limited number."""
+        await self._connection.command("session.detach", session_id=self.session_id)
+
     async def close(self) -> None:
         """Leave the session; its connection is closed by whoever opened it."""
 
@@ -141,3 +145,6 @@ def _note(turn: Turn, deltas: list[tuple[float, int]], at_s: float, event: dict[
         usage = event["response"]["usage"]
         turn.ended_s, turn.num_output, turn.num_input = at_s, usage["output_tokens"], usage["input_tokens"]
         turn.num_cached = usage["input_tokens_details"]["cached_tokens"]
+        sources = usage.get("cached_tokens_details", {})
+        turn.num_restored = sum(sources.get(tier, 0) for tier in ("host", "disk"))
+        turn.restore_ms = event["response"]["timings"]["restore_ms"]

@@ -44,11 +44,12 @@ def spread(weighted: Iterable[tuple[float, float]]) -> dict[str, float]:
 def lines(name: str, figures: dict[str, Any]) -> list[str]:
     """The table of one run."""
     table = [f"== {name}: {figures['turns']} turns in {figures['seconds']:.2f} s"]
-    table.append(f"{'turn':>6} {'input':>8} {'cached':>8} {'TTFT p50':>10} {'p99':>10}   (tokens, ms)")
+    table.append(f"{'turn':>6} {'input':>8} {'cached':>8} {'restored':>8} {'TTFT p50':>10} {'p99':>10}   (tokens, ms)")
     for row in figures["by_turn"]:
         ttft = row["ttft_ms"]
         table.append(
             f"{row['turn'] + 1:>6} {row['input_tokens']:>8.0f} {row['cached_tokens']:>8.0f} "
+            f"{row['restored_tokens']:>8.0f} "
             f"{ttft['p50']:>10.1f} {ttft['p99']:>10.1f}"
         )
     for title, key in (("all TTFT ms", "ttft_ms"), ("inter-token ms", "inter_token_ms")):
@@ -64,6 +65,7 @@ def _of_turn(number: int, turns: Sequence[Turn]) -> dict[str, Any]:
         "turn": number,
         "input_tokens": sum(turn.num_input for turn in turns) / len(turns),
         "cached_tokens": sum(turn.num_cached for turn in turns) / len(turns),
+        "restored_tokens": sum(turn.num_restored for turn in turns) / len(turns),
         "ttft_ms": spread((turn.ttft_ms, 1.0) for turn in turns),
     }
 

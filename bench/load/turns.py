@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Turn:
-    """Times in seconds on the machine's monotonic clock. `arrivals`: (time, tokens) of each message with tokens."""
+    """Times in seconds on the machine's monotonic clock. `arrivals`: (time, tokens) of each message with tokens.
+
+    `num_restored` of the cached tokens came back from host memory or disk, in `restore_ms`, where the server says so.
+    """
 
     session: int
     number: int
@@ -15,6 +18,8 @@ class Turn:
     ended_s: float = 0.0
     num_input: int = 0
     num_cached: int = 0
+    num_restored: int = 0
+    restore_ms: float = 0.0
     num_output: int = 0
     arrivals: list[tuple[float, float]] = field(default_factory=list)
     error: str | None = None

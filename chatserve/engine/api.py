@@ -53,7 +53,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Prefill is done. `cached_tokens` of the input came from the tier named; times in milliseconds."""
+    """Prefill is done. `cached_tokens` of the input came from the tier named; times in milliseconds.
+
+    `miss_reason` counts where less of the history was found than was computed before.
+    """
 
     cached_tokens: dict[str, int]
     queue_ms: float
@@ -90,6 +93,14 @@ class Held:
     restore_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A history that is deleted: its ids, the first `num_kept` of which other sessions begin with too."""
+
+    token_ids: Sequence[int]
+    num_kept: int = 0
+
+
 Progress = Started | Tokens | Resumed | Finished
 
 
@@ -97,7 +108,7 @@ Progress = Started | Tokens | Resumed | Finished
 class EngineInfo:
     """What the engine found when it started. `max_context` bounds prompt and reply of one session, in tokens.
 
-    `has_tiers`: histories that leave the device go to host memory or disk.
+    `has_tiers`: histories that leave the device go to host memory or disk. `max_running` requests run at a time.
     """
 
     model: str
@@ -110,6 +121,7 @@ class EngineInfo:
     dtype: str
     attention: str
     has_tiers: bool = False
+    max_running: int = 64
 
 
 class Engine(Protocol):
@@ -136,6 +148,14 @@ class Engine(Protocol):
 
     def forget_session(self, session_id: str) -> None:
         """Drop the session's tensor and token ids; its shared pages stay indexed until they are evicted."""
+        ...
+
+    async def delete_session(self, session_id: str, tenant: str, histories: Sequence[Forgotten]) -> None:
+        """As `forget_session`, and from every tier what of these histories nobody else needs.
+
+        Returns when it is gone, also from disk; where that takes long, or no engine is there, before: it is told when
+        it is back.
+        """
         ...
 
     def warm_session(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> None:

@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from chatserve.engine.api import EngineInfo
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.core import EngineCore
-from chatserve.engine.defaults import default_limits, host_kv_bytes, tier_bytes
+from chatserve.engine.defaults import default_limits, host_kv_bytes, tier_bytes, usable_memory_bytes
 from chatserve.engine.planning import eviction_policy, start_planner
 from chatserve.engine.runner import Runner, TorchRunner
 from chatserve.errors import StartupError
@@ -29,13 +28,14 @@ from chatserve.model.decoder import Decoder
 from chatserve.model.weights import config_fingerprint, load_decoder, random_decoder, weights_fingerprint
 from chatserve.pretrained import Pretrained, load_pretrained
 from kvstore import EvictionPolicy, KVError, KVLayout, KVStore, PosixMemory, VirtualMemory, default_page_bytes
+from kvstore.buffers import Buffers, PlainBuffers
 from kvstore.disk import DiskTier
-from kvstore.host import Buffer
 from kvstore.tiers import Below
 from kvstore.transfer import FileTransfers, Transfers
 
 MAX_RANGES = 2048
 MIN_HOST_PAGES = 16
+MAX_HOST_PERCENT = 90  # of main memory
 MAX_ARENA_TOKENS = 2**31 - 1
 MAX_ARENA_BYTES = 2**45
 logger = logging.getLogger(__name__)
@@ -74,7 +74,11 @@ class Backend(Protocol):
     def memory(self, page_bytes: int) -> VirtualMemory: ...
 
     def transfers(self, memory: VirtualMemory) -> Transfers:
-        """Copies between that memory and the host's. Raises StartupError where there are none for this device."""
+        """Copies between that memory and the host's."""
+        ...
+
+    def buffers(self, num_bytes: int, page_bytes: int) -> Buffers:
+        """Host memory for these copies."""
         ...
 
     def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> Runner: ...
@@ -108,6 +112,10 @@ class CpuBackend:
         """See `Backend.transfers`."""
         assert isinstance(memory, PosixMemory)
         return FileTransfers(memory.file, memory.page_bytes)
+
+    def buffers(self, num_bytes: int, page_bytes: int) -> PlainBuffers:
+        """See `Backend.buffers`."""
+        return PlainBuffers(num_bytes, page_bytes)
 
     def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> TorchRunner:
         """See `Backend.runner`."""
@@ -152,6 +160,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         dtype=str(dtype).removeprefix("torch."),
         attention=runner.attention_name,
         has_tiers=store.tiers is not None,
+        max_running=limits.max_running,
     )
     return core, info
 
@@ -255,12 +264,11 @@ def _below(config: EngineConfig, layout: KVLayout, memory: VirtualMemory, backen
             f"--kv-host-memory {host_bytes} is too little: copies pass through it, also to disk; "
             f"give at least {least} bytes, or 0 with --kv-disk-space 0"
         )
+    most = usable_memory_bytes() * MAX_HOST_PERCENT // 100
+    if host_bytes > most:
+        raise StartupError(f"--kv-host-memory {host_bytes} is more than this machine can spare; give at most {most}")
     open_disk = partial(_open_disk, Path(config.kv_disk_path), disk_bytes) if disk_bytes else None
-    return Below(host_bytes, partial(_make_buffer, layout.page_bytes), backend.transfers(memory), open_disk)
-
-
-def _make_buffer(num_bytes: int) -> Buffer:
-    return np.empty(num_bytes, np.uint8)
+    return Below(backend.buffers(host_bytes, layout.page_bytes), backend.transfers(memory), open_disk)
 
 
 def _open_disk(directory: Path, budget_bytes: int, fingerprint: bytes, page_bytes: int) -> DiskTier:

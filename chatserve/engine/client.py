@@ -7,13 +7,24 @@ sessions beyond their ids and no tensors.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from chatserve.engine.api import EngineInfo, Finished, GenerationRequest, Held, Progress, Resumed, Started, Tokens
+from chatserve.engine.api import (
+    EngineInfo,
+    Finished,
+    Forgotten,
+    GenerationRequest,
+    Held,
+    Progress,
+    Resumed,
+    Started,
+    Tokens,
+)
 from chatserve.engine.child import EngineChild
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.history import history_hash
@@ -25,6 +36,9 @@ STALL_TIMEOUT_S = 30.0
 MAX_DEATHS = 2
 RESTART_DELAYS_S = (0.0, 0.5, 2.0, 5.0, 10.0)
 RETRY_AFTER_MS = 1000
+MAX_TO_FORGET = 256  # sessions deleted while no engine is there
+FORGET_TIMEOUT_S = 5.0
+FORGET_POLL_S = 0.005
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +87,7 @@ class EngineClient:
         self._child: EngineChild | None = None
         self._info: EngineInfo | None = None
         self._records_url: str | None = None
+        self._to_forget: dict[str, dict[str, Any]] = {}  # until it is known to be gone: on disk it outlives an engine
         self._streams: dict[str, _Stream] = {}
         self._pacing = Pacing()
         self._queries: dict[int, asyncio.Future[Any]] = {}
@@ -151,7 +166,19 @@ class EngineClient:
 
     def forget_session(self, session_id: str) -> None:
         """See `chatserve.engine.api.Engine.forget_session`."""
-        self._post({"verb": "forget", "session_id": session_id})
+        self._post(_forget(session_id, "", ()))
+
+    async def delete_session(self, session_id: str, tenant: str, histories: Sequence[Forgotten]) -> None:
+        """See `chatserve.engine.api.Engine.delete_session`."""
+        command = self._to_forget[session_id] = _forget(session_id, tenant, histories)
+        while len(self._to_forget) > MAX_TO_FORGET:
+            self._to_forget.pop(next(iter(self._to_forget)))
+        self._post(command)
+        with contextlib.suppress(Unavailable, TimeoutError):
+            async with asyncio.timeout(FORGET_TIMEOUT_S):
+                while await self._query({"what": "is_forgetting"}) is True:  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(FORGET_POLL_S)
+            self._to_forget.pop(session_id, None)
 
     def warm_session(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> None:
         """See `chatserve.engine.api.Engine.warm_session`."""
@@ -232,6 +259,9 @@ class EngineClient:
             self._child = await self._respawn()
             if self._records_url is not None:
                 self.read_records(self._records_url)
+            for command in self._to_forget.values():
+                self._post(command)
+            self._to_forget.clear()
             for stream in list(self._streams.values()):
                 self._continue(stream)
 
@@ -323,3 +353,8 @@ def _refusal(code: str, message: str) -> ServiceError:
     if code == "queue_full":
         return Overloaded(message, retry_after_ms=RETRY_AFTER_MS)
     return BadRequest(message, code=code)
+
+
+def _forget(session_id: str, tenant: str, histories: Sequence[Forgotten]) -> dict[str, Any]:
+    packed = [[array("i", history.token_ids).tobytes(), history.num_kept] for history in histories]
+    return {"verb": "forget", "session_id": session_id, "tenant": tenant, "histories": packed}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 from chatserve.errors import StartupError
+from chatserve.logs import LogFormat
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
@@ -19,7 +20,7 @@ class EngineConfig:
     `max_step_tokens` bounds one step's prefill and decode together; `page_bytes` 0 derives it from the budget;
     `kv_host_bytes` and `kv_disk_bytes` below it are off with 0, the latter lies in the directory `kv_disk_path`;
     `num_threads` 0 leaves torch's default. `load_format` "dummy" fills the model with random weights.
-    `prefix_sharing` off exists for comparisons.
+    `prefix_sharing` off exists for comparisons. `log_level` and `log_format` are those of the front end.
     """
 
     model: str
@@ -37,6 +38,8 @@ class EngineConfig:
     page_bytes: int = 0
     num_threads: int = 0
     prefix_sharing: bool = True
+    log_level: str = "info"
+    log_format: LogFormat = "console"
 
     def __post_init__(self) -> None:
         for name in ("kv_device_bytes", "max_step_tokens", "max_running", "max_waiting"):

@@ -20,7 +20,9 @@ from chatserve.engine.history import HistoryTable, TokenIds
 from chatserve.engine.request import Request
 from chatserve.engine.runner import Runner, Step
 from chatserve.engine.scheduler import Scheduler, Work
+from chatserve.engine.warming import Warming
 from kvstore import IntegrityError, KVStore, MemoryRefused, OutOfPages
+from kvstore.arrays import TokenArray, common_prefix
 from kvstore.planner import EvictionPlanner
 
 OUT_OF_MEMORY = (
@@ -62,7 +64,10 @@ class EngineCore:
         )
         self._plan_evictions = plan_evictions
         self._planner: EvictionPlanner | None = None
+        self._warming = Warming(store)
         self._in_flight: Step | None = None
+        self._busy_since_s = 0.0
+        self._decode_s = 0.0  # how long the last step without prefill took
         self._events: list[Event] = []
 
     @property
@@ -94,11 +99,13 @@ class EngineCore:
 
     def step(self) -> None:
         """Schedule, run, commit: what was launched in this step, or the step before if the runner works beside us."""
-        began_s = time.perf_counter()
         self._finish_cancelled(self._scheduler.waiting)
-        self.store.tend()
+        self.store.tend(busy_s=self._expected_s(self._in_flight) if self._in_flight else 0.0)
+        self._warming.go_on()
         work = self._schedule()
         self._refuse_unservable()
+        if self._in_flight is None:
+            self._busy_since_s = time.perf_counter()
         launched = self._runner.launch(work) if work else None
         self._commit_rows(work)
         if self._runner.overlaps:
@@ -106,13 +113,11 @@ class EngineCore:
         if launched:
             self._commit(launched)
         self._finish_cancelled(self._scheduler.running)  # with what was in flight for them counted
-        num_prefill = sum(item.num_tokens for item in work if item.num_tokens > 1)
-        if num_prefill:
-            self.store.note_computed(num_prefill, time.perf_counter() - began_s)
 
     def offload(self) -> bool:
         """Nothing is to be computed: copy histories to the tiers below. Whether there is more of that to do soon."""
-        return self.store.tend(idle=True)
+        is_moving = self.store.tend(idle=True)
+        return self._warming.go_on() or is_moving
 
     def rest(self) -> None:
         """Give memory back that nobody needs now. For idle moments; what the system refuses is tried again later."""
@@ -123,10 +128,10 @@ class EngineCore:
 
     def close(self, timeout_s: float) -> None:
         """End: copy all histories to where they survive, as far as the time allows, and give everything back."""
-        if not self.store.flush(time.monotonic() + timeout_s):
-            logger.warning("not all histories could be saved in %.0f s; the rest will be computed again", timeout_s)
         if self._planner is not None:
             self._planner.stop()
+        if not self.store.flush(time.monotonic() + timeout_s):
+            logger.warning("not all histories could be saved in %.0f s; the rest will be computed again", timeout_s)
         self.store.close()
 
     def _schedule(self) -> list[Work]:
@@ -146,11 +151,27 @@ class EngineCore:
         """Count what a step has done. What was computed for a request that has ended or was preempted since is dead."""
         sampled = iter(step.tokens())
         now = self._clock()
+        self._note_time(step)
         self._commit_rows(step.work)
         for item in step.work:
             token = next(sampled) if item.samples else None
             if token is not None and item.lease is item.request.lease:
                 self._commit_token(item.request, token, now)
+
+    def _note_time(self, step: Step) -> None:
+        """The step is over, which began when the one before it ended, or when it was launched."""
+        began_s, self._busy_since_s = self._busy_since_s, time.perf_counter()
+        took_s = self._busy_since_s - began_s
+        num_prefill = _num_prefill(step)
+        if num_prefill:
+            self.store.note_computed(num_prefill, took_s)
+        else:
+            self._decode_s = took_s
+
+    def _expected_s(self, step: Step) -> float:
+        """How long a step takes, by what such steps took before."""
+        num_prefill = _num_prefill(step)
+        return self.store.computing_s(num_prefill) if num_prefill else self._decode_s
 
     def _commit_rows(self, work: Sequence[Work]) -> None:
         """Count the rows whose tokens are known, and share them: launched is as good as written.
@@ -250,15 +271,19 @@ class EngineCore:
         session_id = command["session_id"]
         for request in [r for r in self._requests.values() if r.session_id == session_id]:
             self._finish(request, "cancelled")
-        self._history.forget(session_id)
         self.store.drop_session(session_id)
+        histories = [(np.frombuffer(packed, np.int32), num_kept) for packed, num_kept in command["histories"]]
+        computed = self._history.held(session_id)
+        if histories and computed is not None:  # it may end in tokens that a stop string cut off
+            histories.append(_like(np.array(computed, np.int32), histories))
+        for token_ids, num_kept in histories:
+            self.store.forget(session_id, command["tenant"].encode(), token_ids, num_kept)
+        self._history.forget(session_id)
 
     def _warm(self, command: dict[str, Any]) -> None:
         """A turn of this session is likely: bring its history back, and leave it where it is found."""
         tokens = np.frombuffer(command["token_ids"], np.int32)
-        promotion = self.store.promote(command["session_id"], command["tenant"].encode(), tokens)
-        if promotion is not None:
-            self.store.end_promotion(promotion)
+        self._warming.begin(command["session_id"], command["tenant"].encode(), tokens)
 
     def _read_records(self, command: dict[str, Any]) -> None:
         """From now on what is evicted depends on what these records say of sessions."""
@@ -271,9 +296,15 @@ class EngineCore:
     def _answer(self, command: dict[str, Any]) -> Any:
         if command["what"] == "cached_tokens":
             return self._held(command)
+        if command["what"] == "is_forgetting":
+            return self.store.is_forgetting
         if command["what"] == "check_integrity":
             return self._integrity_fault()
-        return self.store.stats().as_map()
+        return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
+        queue = {"num_waiting": len(self._scheduler.waiting), "num_running": len(self._scheduler.running)}
+        return self.store.stats().as_map() | queue
 
     def _held(self, command: dict[str, Any]) -> dict[str, Any]:
         history = command["session_id"], command["tenant"].encode(), np.frombuffer(command["token_ids"], np.int32)
@@ -288,14 +319,29 @@ class EngineCore:
         return None
 
     def _miss_reason(self, request: Request) -> str | None:
-        """Why less of the history was there than could have been: the last sampled token never has a KV row."""
-        if request.num_cached_tokens >= request.num_history - 1:
+        """Why less of the history was there than could have been: the last sampled token never has a KV row.
+
+        Of a history that was sent whole it is not known how much was computed before: the front end knows.
+        """
+        failure = self._warming.take_failure(request.session_id) or request.read_failure
+        if request.num_history and request.num_cached_tokens >= request.num_history - 1:
             return None
         if not request.reuse:
             return "input_changed"
-        if request.has_read_failed:
-            return "read_failed"
-        return "evicted" if request.history_known else "not_saved"
+        if failure is not None:
+            return failure
+        if request.history_known:
+            return "evicted"
+        return "model_changed" if self.store.holds_foreign_pages else "not_saved"
+
+
+def _like(token_ids: TokenArray, histories: Sequence[tuple[TokenArray, int]]) -> tuple[TokenArray, int]:
+    """A history with as much of it kept as is kept of those that begin like it."""
+    return token_ids, max(min(num_kept, common_prefix(token_ids, other)) for other, num_kept in histories)
+
+
+def _num_prefill(step: Step) -> int:
+    return sum(item.num_tokens for item in step.work if item.num_tokens > 1)
 
 
 def _started_event(request: Request, miss_reason: str | None) -> Event:

@@ -11,15 +11,15 @@ import torch
 from chatserve.engine.build import Limits
 from chatserve.engine.defaults import gpu_kv_bytes
 from chatserve.engine.runner import Runner, TorchRunner
-from chatserve.errors import StartupError
 from chatserve.model.attention import SdpaAttention
 from chatserve.model.config import ModelConfig
 from chatserve.model.decoder import Decoder
 from chatserve.model.spans import TILE_TOKENS
 from kvstore import KVLayout, KVStore, VirtualMemory
 from kvstore.cuda import CudaMemory
+from kvstore.cuda_transfer import CudaTransfers
 from kvstore.driver import CudaDriver
-from kvstore.transfer import Transfers
+from kvstore.pinned import PinnedBuffers
 
 GRANULARITY_BYTES = 2 << 20  # of CUDA's virtual memory on every GPU known
 MAX_PAGE_TOKENS = 64
@@ -41,6 +41,7 @@ class CudaBackend:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.has_flash = find_spec("flashinfer") is not None
         self.tile_tokens = TILE_TOKENS if self.has_flash else 0
+        self._driver = CudaDriver(self.device.index)
         self._stream = torch.cuda.Stream()
         torch.cuda.set_stream(self._stream)
         sys.setswitchinterval(SWITCH_INTERVAL_S)  # the mapping thread needs the interpreter for moments only
@@ -49,12 +50,11 @@ class CudaBackend:
         """See `Backend.describe`."""
         properties = torch.cuda.get_device_properties(self.device)
         free, total = torch.cuda.mem_get_info()
-        driver = CudaDriver(self.device.index)
         return {
             "Device": f"{properties.name}, compute capability {properties.major}.{properties.minor}",
-            "Driver": driver.version(),
+            "Driver": self._driver.version(),
             "Device memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-            "Page granularity": f"{driver.granularity() >> 10} KiB",
+            "Page granularity": f"{self._driver.granularity() >> 10} KiB",
         }
 
     def kv_bytes(self, model: ModelConfig, limits: Limits) -> int:
@@ -83,9 +83,14 @@ class CudaBackend:
             spare_pages=SPARE_BYTES // page_bytes,
         )
 
-    def transfers(self, memory: VirtualMemory) -> Transfers:
+    def transfers(self, memory: VirtualMemory) -> CudaTransfers:
         """See `Backend.transfers`."""
-        raise StartupError("--kv-host-memory and --kv-disk-space work on the CPU only so far; leave them 0 on a GPU")
+        assert isinstance(memory, CudaMemory)
+        return CudaTransfers(self._driver, self._stream.cuda_stream, memory.home)
+
+    def buffers(self, num_bytes: int, page_bytes: int) -> PinnedBuffers:
+        """See `Backend.buffers`."""
+        return PinnedBuffers(num_bytes, page_bytes, self._driver)
 
     def runner(self, decoder: Decoder, store: KVStore, limits: Limits) -> Runner:
         """FlashInfer's kernels where they can be used, else torch's, which are slower; the name says why."""

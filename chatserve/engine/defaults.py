@@ -13,6 +13,8 @@ MAX_HOST_KV_BYTES = 4 << 30
 GPU_KV_PERCENT = 90
 CPU_HOST_BYTES = 256 << 20  # copies on their way to disk; the device tier is main memory already
 CPU_DISK_BYTES = 4 << 30
+GPU_HOST_BYTES = 16 << 30  # at most; 130,000 tokens of an 8B model
+GPU_DISK_BYTES = 32 << 30
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -36,15 +38,21 @@ def default_limits(device: str) -> EngineLimits:
 
 def host_kv_bytes() -> int:
     """KV memory on the CPU: a quarter of what this process may use, at most 4 GiB."""
+    return min(usable_memory_bytes() // 4, MAX_HOST_KV_BYTES)
+
+
+def usable_memory_bytes() -> int:
+    """Main memory that this process may use."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
-    allowed = min(total, int(limit)) if limit.isdigit() else total
-    return min(allowed // 4, MAX_HOST_KV_BYTES)
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def tier_bytes(device: str) -> tuple[int, int]:
     """Host memory and disk space for histories below a device of this type."""
-    return (CPU_HOST_BYTES, CPU_DISK_BYTES) if device == "cpu" else (0, 0)
+    if device == "cpu":
+        return CPU_HOST_BYTES, CPU_DISK_BYTES
+    return min(usable_memory_bytes() // 4, GPU_HOST_BYTES), GPU_DISK_BYTES
 
 
 def gpu_kv_bytes(free_bytes: int) -> int:

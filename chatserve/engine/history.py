@@ -35,6 +35,10 @@ class HistoryTable:
         ids = held[:num_tokens]
         return ids if history_hash(ids) == expected_hash else None
 
+    def held(self, session_id: str) -> TokenIds | None:
+        """What is held of a session, for nobody to change."""
+        return self._by_session.get(session_id)
+
     def remember(self, session_id: str, token_ids: TokenIds) -> None:
         """Keep these, which nobody changes any more, as the session's ids, in place of what was held."""
         self.forget(session_id)

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Hashable
 
 PER_READER_S = 0.0004
-MAX_INTERVAL_S = 0.1
+MAX_INTERVAL_S = 0.075
 MIN_INTERVAL_S = 0.005  # below it gathering gains nothing
 NUM_PHASES = 8  # readers take turns, so that not all of them work at the same moment
 
@@ -22,6 +22,7 @@ class Pacing:
         self._phases: dict[Hashable, int] = {}
         self._due: list[dict[Hashable, Callable[[], None]]] = [{} for _ in range(NUM_PHASES)]
         self._phase = 0
+        self._num_readers = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -33,13 +34,14 @@ class Pacing:
     def wake(self, reader: Hashable, wake: Callable[[], None]) -> None:
         """There is something for the reader: call `wake` now if it is its first time, else when its turn comes."""
         phase = self._phases.get(reader)
+        if phase is None:
+            self._phases[reader] = self._next_phase()
         if phase is None or not self.interval_s:
-            self._phases[reader] = self._phase
             wake()
             return
         self._due[phase][reader] = wake
         if self._timer is None:
-            self._start_timer()
+            self._start_timer(asyncio.get_running_loop().time())
 
     def forget(self, reader: Hashable) -> None:
         """The reader has ended."""
@@ -47,10 +49,17 @@ class Pacing:
         if phase is not None:
             self._due[phase].pop(reader, None)
 
-    def _start_timer(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self.interval_s / NUM_PHASES, self._turn)
+    def _next_phase(self) -> int:
+        """In turns, so that those who begin together do not all work at the same moment ever after."""
+        self._num_readers += 1
+        return self._num_readers % NUM_PHASES
 
-    def _turn(self) -> None:
+    def _start_timer(self, last_s: float) -> None:
+        """The next turn comes one phase behind the last one: what the last one's readers do does not put it off."""
+        due_s = last_s + self.interval_s / NUM_PHASES
+        self._timer = asyncio.get_running_loop().call_at(due_s, self._turn, due_s)
+
+    def _turn(self, due_s: float) -> None:
         """It is the next phase's turn."""
         self._phase = (self._phase + 1) % NUM_PHASES
         due, self._due[self._phase] = self._due[self._phase], {}
@@ -58,4 +67,4 @@ class Pacing:
         for wake in due.values():
             wake()
         if any(self._due):
-            self._start_timer()
+            self._start_timer(max(due_s, asyncio.get_running_loop().time() - MAX_INTERVAL_S))

@@ -21,9 +21,11 @@ from chatserve.engine.config import EngineConfig
 from chatserve.engine.core import EngineCore
 from chatserve.engine.wire import ChannelClosed, SyncChannel
 from chatserve.errors import StartupError
+from chatserve.logs import configure_logging
 
 IDLE_SHRINK_S = 5.0
 MOVING_S = 0.002  # how long to wait for messages while something moves between tiers
+AWAITED_S = 0.0005  # the same while a request waits for it
 FLUSH_S = 15.0  # at the end, for histories to be saved
 PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)
@@ -33,7 +35,6 @@ def main() -> None:
     """Serve the front end at the inherited socket until it closes."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle: it drains first
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     channel = SyncChannel(socket.socket(fileno=int(sys.argv[1])))
     try:
         core = _start(channel)
@@ -43,6 +44,9 @@ def main() -> None:
             serve_to_the_end(channel, core)
     except ChannelClosed:
         logger.info("the front end closed its socket before the engine was ready")
+    except Exception:  # whatever ends the engine, its last line is as machines read it
+        logger.exception("the engine failed")
+        raise SystemExit(1) from None
 
 
 def serve_to_the_end(channel: SyncChannel, core: EngineCore) -> None:
@@ -82,12 +86,13 @@ def _patience_s(core: EngineCore, is_moving: bool) -> float:
     """How long the next message may take to come before there is something else to do."""
     if core.idle:
         return MOVING_S if is_moving else IDLE_SHRINK_S
-    return MOVING_S if core.is_waiting else 0.0
+    return AWAITED_S if core.is_waiting else 0.0
 
 
 def _start(channel: SyncChannel) -> EngineCore | None:
     frames = channel.receive(None)
     config = EngineConfig.from_map(frames[0][0])
+    configure_logging(config.log_level, config.log_format)
     try:
         core, info = build(config)
     except (StartupError, OSError, ValueError) as error:

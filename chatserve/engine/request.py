@@ -10,7 +10,7 @@ from chatserve.engine.api import FinishReason, SamplingParams
 from chatserve.engine.history import TokenIds
 from kvstore import Lease
 from kvstore.arrays import TokenArray
-from kvstore.tiers import Promotion
+from kvstore.promotion import Promotion
 
 
 @dataclass(slots=True, eq=False)
@@ -19,8 +19,8 @@ class Request:
 
     `token_ids` grows by the tokens generated; `num_prompt` of them were given. The last one never has a KV row until
     the step after it was sampled. `max_tokens` is the length at which the request ends, for `limit_reason`.
-    `promotion` brings back what tiers below have of it, asked for once an admission; `num_restored` tokens came from
-    each, in `restored_s`, and `has_read_failed` when some of it could not be read.
+    `promotion` brings back a part of what tiers below have of it, until they have `has_asked_below` no more for this
+    admission; `num_restored` tokens came from each, in `restored_s`, and `read_failure` says why some did not come.
     Steps in flight run ahead of what is known: `num_scheduled` tokens have rows or will have, `num_unknown` were
     sampled on the device and have not arrived. `slot` is the place of the last one of them there.
     """
@@ -48,9 +48,10 @@ class Request:
     num_cached_tokens: int = 0
     promotion: Promotion | None = None
     has_asked_below: bool = False
+    num_mapped_ahead: int = 0
     num_restored: dict[str, int] = field(default_factory=dict)
     restored_s: float = 0.0
-    has_read_failed: bool = False
+    read_failure: str | None = None
     leader: Request | None = field(default=None, repr=False)
     leader_tokens: int = 0
     given: TokenArray = field(init=False, repr=False)  # the ids it came with, to compare with others'

@@ -31,6 +31,7 @@ _TRAILER = struct.Struct("<IIII")  # version, entries, zero, checksum of the foo
 _CHECKSUM = struct.Struct("<I")
 
 TRAILER_BYTES = _TRAILER.size
+ERASED_KEY = bytes(KEY_BYTES)  # of a record that was overwritten: it only takes room
 UNWANTED = 1 << 31  # no payload is so long
 
 Payload = bytes | bytearray | memoryview

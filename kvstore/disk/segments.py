@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.disk.files import FileCalls
 from kvstore.disk.records import (
+    ERASED_KEY,
     FOOTER_MAGIC,
     HEADER_BYTES,
     TRAILER_BYTES,
@@ -114,6 +115,36 @@ def read_record(calls: FileCalls, record: Record, header: bytearray, payload: me
     except OSError as error:
         return Flaw(Reason.READ_ERROR, str(error))
     return _check(record, parse_record_header(header), payload[: record.length], num_read)
+
+
+def erase_records(calls: FileCalls, segment: Segment, is_doomed: Callable[[Record], bool]) -> None:
+    """Overwrite records with zeros and take their names out of the file; it is durable when this returns."""
+    doomed = {record.offset: record for record in segment.records if is_doomed(record)}
+    if not doomed:
+        return
+    fd = calls.open_to_write(segment.path)
+    try:
+        for record in doomed.values():
+            zeros = bytes(record.length)
+            calls.write(fd, [pack_record_header(ERASED_KEY, zeros), zeros], record.offset)
+        if segment.sealed:
+            _erase_in_footer(calls, fd, segment.file_bytes, doomed)
+        calls.sync(fd)
+    finally:
+        os.close(fd)
+    blank = {offset: Record(ERASED_KEY, segment, offset, record.length) for offset, record in doomed.items()}
+    segment.records = [blank.get(record.offset, record) for record in segment.records]
+
+
+def _erase_in_footer(calls: FileCalls, fd: int, file_bytes: int, doomed: Container[int]) -> None:
+    """Where a kill leaves this half done, the records' own headers are read instead."""
+    entries, offset = [], HEADER_BYTES
+    for entry in _read_footer(calls, fd, file_bytes) or []:
+        entries.append(FooterEntry(ERASED_KEY, entry.length, is_wanted=False) if offset in doomed else entry)
+        offset += record_bytes(entry.length)
+    if entries:
+        footer = pack_footer(entries)
+        calls.write(fd, [footer], file_bytes - len(footer))
 
 
 class SegmentWriter:

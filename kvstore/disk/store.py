@@ -8,14 +8,14 @@ thread may read. Every method but `read` may raise OSError, after which only `re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from kvstore.disk.directory import OVERHEAD_BYTES, TierDirectory
 from kvstore.disk.files import FileCalls
 from kvstore.disk.index import RecordIndex
-from kvstore.disk.records import HEADER_BYTES, Payload, Reason, footer_bytes, listed_bytes
-from kvstore.disk.segments import Flaw, Record, Segment, SegmentWriter, load_segment, read_record
+from kvstore.disk.records import ERASED_KEY, HEADER_BYTES, Payload, Reason, footer_bytes, listed_bytes
+from kvstore.disk.segments import Flaw, Record, Segment, SegmentWriter, erase_records, load_segment, read_record
 
 MAX_SEGMENT_BYTES = 256 << 20
 MIN_SEGMENTS = 4  # one being written, one being moved, two that stay
@@ -77,6 +77,7 @@ class SegmentStore:
         """Read what is there; `on_flaw` hears of each file or record that is not what was written."""
         self.index = RecordIndex()
         self.evicted = 0
+        self.evicted_bytes = 0
         self.moved_bytes = 0
         self._directory = directory
         self._sizes = sizes
@@ -124,6 +125,11 @@ class SegmentStore:
             self._on_flaw(f"record at byte {record.offset} of {record.segment.path}", flaw)
         return held
 
+    def erase(self, keys: Container[bytes]) -> None:
+        """Overwrite what the files hold under these keys, wanted or not; it is durable when this returns."""
+        for segment in self.segments:
+            erase_records(self._calls, segment, lambda record: record.key in keys)
+
     def abandon(self) -> None:
         """Give up writing; what was not durable is cut off where that is possible."""
         if self._writer is not None:
@@ -143,7 +149,7 @@ class SegmentStore:
             self._segments[number] = segment
             self._next_number = number + 1
             add = self.index.add if segment.sealed else self.index.add_unsure
-            add(segment.records)
+            add([record for record in segment.records if record.key != ERASED_KEY])
             if segment.flaw is not None:
                 self._on_flaw(str(path), segment.flaw)
         self._trim(self._sizes.budget_bytes - OVERHEAD_BYTES, self.segments)
@@ -209,7 +215,7 @@ class SegmentStore:
             oldest = self.index.pop_oldest()
             if oldest is None:
                 break
-            self.evicted += 1
+            self._count_evicted(oldest)
             if oldest.segment is not newest:
                 victim = min(victim, oldest.segment, key=_live_bytes)
         return victim
@@ -243,7 +249,11 @@ class SegmentStore:
     def _forget(self, segment: Segment) -> None:
         for record in self.index.live_in(segment):
             self.index.discard(record)
-            self.evicted += 1
+            self._count_evicted(record)
+
+    def _count_evicted(self, record: Record) -> None:
+        self.evicted += 1
+        self.evicted_bytes += record.length
 
     def _delete(self, segment: Segment) -> None:
         """Remove a file nothing of which is wanted; its number is never used again, so readers find it or nothing."""

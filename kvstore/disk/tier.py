@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -45,6 +45,7 @@ class DiskStats:
     budget_bytes: int
     segments: int
     evicted: int  # records forgotten to make room
+    evicted_bytes: int  # of their payloads
     moved_bytes: int  # copied forward to make room
     rejected: Mapping[str, int]  # by reason: files and records that are misses
 
@@ -77,8 +78,10 @@ class DiskTier:
     order is that of writing, and records that were dropped may be back.
 
     Threads: `put`, `compact` and `close` belong to one thread; everything else may be called from any thread at any
-    time. A lock is held for dictionary operations only. Every call may wait for the disk, save `contains`, `touch`,
-    `keys`, `stats` and `drop`.
+    time. What reads holds a lock for dictionary operations only. Every call may wait for the disk, save `contains`,
+    `touch`, `keys`, `stats` and `drop`.
+
+    `was_foreign` says whether the records were another fingerprint's before.
 
     Raises DirectoryInUse when another process has the directory, DirectoryUnusable when the system refuses it, and
     ValueError when the budget holds fewer than four files of one page.
@@ -103,9 +106,10 @@ class DiskTier:
         self._state = TierState.OPEN
         self._fault: str | None = None
         self._flaws = _FlawLog()
+        self._writing = threading.Lock()  # files are changed by one at a time
         self._directory = TierDirectory(self.path, calls)
         try:
-            _adopt(self._directory, manifest)
+            self.was_foreign = _adopt(self._directory, manifest)
             self._store = SegmentStore(self._directory, sizes, manifest.identity, calls, self._flaws.note)
         except OSError as error:
             self._directory.close()
@@ -140,15 +144,22 @@ class DiskTier:
         ValueError for a key that is not 32 bytes or a payload that is empty or longer than a page, and stores nothing.
         """
         records = [(key, self._checked(key, payload)) for key, payload in batch]
-        if self._state is TierState.OPEN:
-            self._write({key: payload for key, payload in records if self._store.index.use(key) is None})
+        with self._writing:
+            if self._state is TierState.OPEN:
+                self._write({key: payload for key, payload in records if self._store.index.use(key) is None})
         return sum(key in self._store.index for key, _ in records)
 
     def read_into(self, key: bytes, buffer: bytearray | memoryview) -> int | None:
+        """As `read`, but None also for a record that is not what was written."""
+        found = self.read(key, buffer)
+        return found if isinstance(found, int) else None
+
+    def read(self, key: bytes, buffer: bytearray | memoryview) -> int | Reason | None:
         """Fill the beginning of `buffer` with the key's record, verified, and return its length in bytes.
 
-        None when there is no record, or none that can be read (then it is dropped); the buffer's content is undefined
-        after that. The record counts as used. Raises ValueError when the buffer is shorter than the record.
+        Else None when there is no record, or why there is none that can be read (then it is dropped); the buffer's
+        content is undefined after that. The record counts as used. Raises ValueError when the buffer is shorter than
+        the record.
         """
         view = memoryview(buffer).cast("B")
         while self._state is not TierState.CLOSED and (record := self._store.index.use(key)) is not None:
@@ -157,7 +168,8 @@ class DiskTier:
             flaw = self._store.read(record, view)
             if flaw is None:
                 return record.length
-            self._store.discard(record, flaw)  # or it was moved while we read: then look again
+            if self._store.discard(record, flaw):  # else it was moved while we read: then look again
+                return flaw.reason
         return None
 
     def contains(self, key: bytes) -> bool:
@@ -176,6 +188,20 @@ class DiskTier:
         """Forget records; how many there were. Their bytes go with their file, which may be after a restart."""
         return self._store.index.drop(keys)
 
+    def erase(self, keys: Set[bytes]) -> int:
+        """Forget records and overwrite them, so that no restart brings them back; how many there were.
+
+        May be called from any thread: it waits for `put`.
+        """
+        num_dropped = self._store.index.drop(keys)
+        with self._writing:
+            if self._state is TierState.OPEN:
+                try:
+                    self._store.erase(keys)
+                except OSError as error:
+                    self._switch_off(error)
+        return num_dropped
+
     def stats(self) -> DiskStats:
         """Counts and sizes."""
         store = self._store
@@ -188,6 +214,7 @@ class DiskTier:
             budget_bytes=self.budget_bytes,
             segments=len(store.segments),
             evicted=store.evicted,
+            evicted_bytes=store.evicted_bytes,
             moved_bytes=store.moved_bytes,
             rejected=self._flaws.counts(),
         )
@@ -202,11 +229,12 @@ class DiskTier:
     def compact(self) -> int:
         """Copy what is wanted out of the files that hold much else, and delete them; returns the bytes freed."""
         before = self._store.file_bytes
-        if self._state is TierState.OPEN:
-            try:
-                self._store.compact()
-            except OSError as error:
-                self._switch_off(error)
+        with self._writing:
+            if self._state is TierState.OPEN:
+                try:
+                    self._store.compact()
+                except OSError as error:
+                    self._switch_off(error)
         return before - self._store.file_bytes
 
     def close(self) -> None:
@@ -264,16 +292,18 @@ def open_existing(directory: Path | str) -> DiskTier:
     )
 
 
-def _adopt(directory: TierDirectory, manifest: Manifest) -> None:
+def _adopt(directory: TierDirectory, manifest: Manifest) -> bool:
     """Note in the directory what it is open for from now on, and say when that is something else than before."""
     before = directory.manifest()
+    is_foreign = isinstance(before, Manifest) and before.identity != manifest.identity
     if isinstance(before, UnreadableManifest):
         if directory.segment_numbers():
             logger.warning("page cache %s: %s; its files are judged one by one", directory.path, before.reason)
-    elif before.identity != manifest.identity:
+    elif is_foreign:
         logger.warning("page cache %s holds pages of another model or layout: they go to make room", directory.path)
     if before != manifest:
         directory.write_manifest(manifest)
+    return is_foreign
 
 
 def _is_harmless(segment: Segment, flaw: Flaw, newest: Segment) -> bool:

@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from chatserve.engine.core import EngineCore
 from chatserve.engine.runner import FinishedStep
 from chatserve.engine.scheduler import Work
 from kvstore import KVLayout, KVStore, PosixMemory
+from kvstore.buffers import PlainBuffers
 from kvstore.tiers import Below
 from kvstore.transfer import FileTransfers
 
@@ -75,7 +75,7 @@ def make_core(
     """An engine core over real mapped memory of `pages` pages of 32 tokens, and perhaps host memory below it."""
     memory = PosixMemory(LAYOUT.page_bytes)
     transfers = FileTransfers(memory.file, LAYOUT.page_bytes)
-    below = Below(host_pages * LAYOUT.page_bytes, lambda: np.empty(LAYOUT.page_bytes, np.uint8), transfers)
+    below = Below(PlainBuffers(host_pages * LAYOUT.page_bytes, LAYOUT.page_bytes), transfers)
     store = KVStore(
         LAYOUT, memory, budget_bytes=pages * LAYOUT.page_bytes, max_tokens=max_context,
         max_ranges=max_ranges, fingerprint=b"fake", below=below if host_pages else None,

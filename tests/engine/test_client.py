@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from chatserve.engine import client as client_module
-from chatserve.engine.api import Finished, GenerationRequest, Resumed, SamplingParams, Started, Tokens
+from chatserve.engine.api import Finished, Forgotten, GenerationRequest, Resumed, SamplingParams, Started, Tokens
 from chatserve.engine.client import EngineClient
 from chatserve.engine.config import EngineConfig
 from chatserve.errors import BadRequest, Overloaded, StartupError, Unavailable
 from tests.model.checkpoints import make_checkpoint
+
+PROMPTS = {"mine": range(10, 60), "other": range(200, 260)}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,39 @@ async def test_killed_engine_continues_the_same_text(engine):
     items = await collect(engine, a_request, signal_once(engine, signal.SIGKILL))
     assert any(isinstance(item, Resumed) for item in items)
     assert tokens_of(items) == reference
+
+
+async def test_history_deleted_while_no_engine_is_there_is_gone_from_disk(checkpoint, tmp_path):
+    """The engine that comes next is told, before anything else, what to forget of what the last one left on disk."""
+    config = EngineConfig(
+        model=checkpoint,
+        kv_device_bytes=64 << 20,
+        kv_host_bytes=16 << 20,
+        kv_disk_bytes=64 << 20,
+        kv_disk_path=str(tmp_path / "kv"),
+        num_threads=1,
+        max_waiting=4,
+    )
+    engine = EngineClient(config)
+    await engine.start()
+    ids = {
+        name: [*prompt, *tokens_of(await collect(engine, request(name, prompt)))] for name, prompt in PROMPTS.items()
+    }
+    async with asyncio.timeout(60):
+        while (await engine.stats())["written_pages"] < len(PROMPTS):
+            await asyncio.sleep(0.01)
+        os.kill(engine.pid, signal.SIGKILL)
+        while engine.ready:
+            await asyncio.sleep(0.01)
+        await engine.delete_session("mine", "t", [Forgotten(ids["mine"])])
+        while not engine.ready:
+            await asyncio.sleep(0.01)
+        while any((await engine.cached_tokens("mine", "t", ids["mine"])).tokens.values()):
+            await asyncio.sleep(0.01)
+        assert (await engine.cached_tokens("other", "t", ids["other"])).tokens["disk"] > 0
+        await engine.delete_session("other", "t", [Forgotten(ids["other"])])
+    assert not any((await engine.cached_tokens("other", "t", ids["other"])).tokens.values())
+    await engine.close()
 
 
 async def test_killed_engine_continues_sampled_text(engine):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -247,10 +249,26 @@ def test_forgotten_session_leaves_no_range():
     core = make_core()
     submit(core, "r", "s", range(200))
     run_until_idle(core)
-    core.handle({"verb": "forget", "session_id": "s"})
+    core.handle({"verb": "forget", "session_id": "s", "tenant": "t", "histories": []})
     assert core.store.resident_tokens("s") == 0
     submit(core, "r2", "s2", range(200))
     assert run_until_idle(core)["r2"][0][2]["device"] == pytest.approx(199, abs=32)
+
+
+def test_deleted_history_is_computed_again():
+    """What a deleted session had computed alone is gone, also behind its stored ids; what others share is not."""
+    core = make_core()
+    shared = range(100)
+    mine = array("i", [*shared, *range(100, 200)])
+    submit(core, "r", "s", mine)
+    submit(core, "r2", "s2", [*shared, *range(300, 340)])
+    run_until_idle(core)
+    core.handle({"verb": "forget", "session_id": "s", "tenant": "t", "histories": [[mine.tobytes(), 100]]})
+    core.store.check_integrity()
+    submit(core, "r3", "s3", mine)
+    assert run_until_idle(core)["r3"][0][2]["device"] <= 100
+    submit(core, "r4", "s2", [*shared, *range(300, 340), 1])
+    assert run_until_idle(core)["r4"][0][2]["device"] >= 140
 
 
 def test_prefills_finish_one_after_another():

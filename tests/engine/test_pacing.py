@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from chatserve.engine.pacing import MAX_INTERVAL_S, Pacing
+from chatserve.engine.pacing import MAX_INTERVAL_S, NUM_PHASES, Pacing
 
 
 def seen(pacing: Pacing, readers: range, woken: Counter[int]) -> None:
@@ -48,6 +48,20 @@ async def test_many_readers_are_woken_at_once_the_first_time_and_then_in_turns()
         while any(woken[reader] < 2 for reader in range(12, 100)):
             await asyncio.sleep(0.005)
     assert max(woken[reader] for reader in range(12, 100)) == 2
+
+
+async def test_those_who_begin_together_do_not_go_on_together() -> None:
+    """Of readers that began in one moment no turn wakes more than its share."""
+    pacing, turns = Pacing(), list[int]()
+    for _ in range(2):
+        for reader in range(80):
+            pacing.wake(reader, lambda: turns.append(pacing._phase))
+    num_at_once = len(turns)
+    async with asyncio.timeout(5):
+        while len(turns) < 160:
+            await asyncio.sleep(0.005)
+    assert num_at_once < 80 + 13  # the first ones were few still
+    assert max(Counter(turns[num_at_once:]).values()) <= 80 / NUM_PHASES
 
 
 async def test_a_reader_that_has_ended_is_not_woken() -> None:

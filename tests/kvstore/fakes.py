@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -132,7 +133,13 @@ class FakeDriver:
         self.running.set()
         self.attach = self.close = lambda: None
         self.granularity = lambda: PAGE_BYTES
-        self.create_event = threading.Event
+        self.create_event = lambda **_: threading.Event()
+        self.create_stream = lambda: next(self.numbers)
+        self.destroy_stream = lambda *_: None
+        self.elapsed_s = lambda *_: 0.001
+        self.finish_stream = lambda _: self.running.wait()
+        self.pinned = {}  # by address: bytes
+        self.pin, self.unpin = self.pinned.__setitem__, self.pinned.__delitem__
         self.destroy_event = self.address_free = self.record_event = lambda *_: None
         self.query_event = lambda _: self.running.is_set()
         self.wait_event = lambda _: self.running.wait()
@@ -166,6 +173,12 @@ class FakeDriver:
     def copy(self, source, target, num_bytes, stream):
         self.memory[self.mappings[target][1]][:num_bytes] = self.memory[self.mappings[source][1]][:num_bytes]
 
+    def copy_down(self, address, host, num_bytes, stream):
+        ctypes.memmove(host, self.memory[self.mappings[address][1]].ctypes.data, num_bytes)
+
+    def copy_up(self, address, host, num_bytes, stream):
+        ctypes.memmove(self.memory[self.mappings[address][1]].ctypes.data, host, num_bytes)
+
     def _whole(self, address, num_bytes):
         """Addresses of the mappings that make up a range, which has no hole and divides none."""
         inside = {a: size for a, (size, *_) in self.mappings.items() if address <= a < address + num_bytes}
@@ -175,6 +188,7 @@ class FakeDriver:
 
 DRIVER_CALLS = ["create", "release", "map", "set_access", "unmap", "zero", "copy", "create_event", "record_event",
                 "query_event", "wait_event"]  # fmt: skip
+TRANSFER_CALLS = ["create_event", "record_event", "copy_down", "copy_up"]
 
 
 def fail_call(driver: Any, name: str, nth: int = 1, times: int = 1) -> Countdown:
