@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BENCHMARKS := bench/turn_cost.py bench/sharing.py bench/batching.py bench/store_calls.py bench/frontend.py \
 	bench/restart.py bench/scale.py
 
-.PHONY: demo test check soak test-gpu bench clean
+.PHONY: demo test check audit soak test-gpu bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/chatserve serve $(SERVE_ARGS)
@@ -25,6 +25,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py
+
+audit: $(VENV)/.installed-dev
+	$(BIN)/python .ci/audit.py
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m soak --timeout=3600

@@ -1,9 +1,14 @@
-"""What a token costs the front end: a real server over an engine that only makes tokens.
+"""What the front end costs and holds: a real server over an engine that only makes tokens, at a set rate.
 
-256 sessions get a token each at every step. What counts is the processor time of the server's process, because
-clients, Redis and the engine's double share the machine with it here.
+    python bench/frontend.py [--run throughput,streams,idle,turns,stalled] [--connections 1000] [--profile FILE]
 
-    python bench/frontend.py [--via ws,completions] [--step-ms 15] [--profile /tmp/frontend.prof]
+- throughput: 256 sessions get a token at every step of 15 ms; the processor time of the server's process counts.
+- streams: connections that each hear 20 tokens a second; from the making of each token to its arrival.
+- idle: connections that say nothing, and what they hold in memory.
+- turns: one session of 1,000 turns.
+- stalled: 200 readers stop reading, others go on.
+
+Clients run in processes of their own, on the same machine.
 """
 
 from __future__ import annotations
@@ -14,42 +19,52 @@ from typing import Any
 
 from load.clients import Task, run_clients
 from load.report import summary
-from load.server import started
 from load.workloads import Workload
+from streaming.runs import RUNS, Stage, double
 
-FLAGS = ("--max-running=512", "--max-key-connections=512", "--log-level=warning")
+THROUGHPUT = "throughput"
 
 
 def main() -> None:
-    """Measure each way and print a line for it."""
+    """Run what is asked for, and print a few lines for each."""
     arguments = parser().parse_args()
-    print(
-        f"{'via':>12} {'offered/s':>10} {'got/s':>10} {'us a token':>11} {'tokens/s a core':>16} {'TTFT':>9} {'p99':>7}"
-    )
-    for via in arguments.via.split(","):
-        print(line(via, measure(via, arguments), arguments), flush=True)
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    stage = Stage(arguments.log, arguments.profile, arguments.connections, arguments.seconds, arguments.processes)
+    for name in arguments.run.split(","):
+        print(f"== {name}", flush=True)
+        for line in throughput(stage, arguments) if name == THROUGHPUT else RUNS[name](stage):
+            print(line, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--via", default="ws,completions")
-    made.add_argument("--sessions", type=int, default=256)
-    made.add_argument("--turns", type=int, default=2)
-    made.add_argument("--tokens", type=int, default=256)
-    made.add_argument("--step-ms", type=float, default=15.0)
-    made.add_argument("--processes", type=int, default=2)
-    made.add_argument("--profile", default="-")
+    made.add_argument("--run", default=",".join([THROUGHPUT, *RUNS]), help="which, by name (default: all)")
+    made.add_argument("--connections", type=int, nargs="*", default=[200, 400, 600, 800, 1000], help="of streams")
+    made.add_argument("--seconds", type=float, default=15.0, help="of streams and stalled")
+    made.add_argument("--via", default="ws,completions", help="of throughput")
+    made.add_argument("--sessions", type=int, default=256, help="of throughput")
+    made.add_argument("--turns", type=int, default=2, help="of throughput")
+    made.add_argument("--tokens", type=int, default=256, help="of throughput, a turn")
+    made.add_argument("--step-ms", type=float, default=15.0, help="of throughput")
+    made.add_argument("--processes", type=int, default=1, help="of clients")
+    made.add_argument("--profile", default="-", help="a file for the front end's cProfile statistics")
     made.add_argument("--log", type=Path, default=Path("bench/results/frontend.log"))
     return made
 
 
-def measure(via: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def throughput(stage: Stage, arguments: argparse.Namespace) -> list[str]:
+    """A line for each way to the server."""
+    head = (
+        f"{'via':>12} {'offered/s':>10} {'got/s':>10} {'us a token':>11} {'tokens/s a core':>16} {'TTFT':>9} {'p99':>7}"
+    )
+    return [head, *(line(via, measure(via, stage, arguments), arguments) for via in arguments.via.split(","))]
+
+
+def measure(via: str, stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, with the front end's processor time."""
-    arguments.log.parent.mkdir(parents=True, exist_ok=True)
     workload = Workload("frontend", arguments.sessions, arguments.turns, 32, arguments.tokens)
-    program = ("bench.load.double_server", str(arguments.step_ms), arguments.profile)
-    with started(FLAGS, arguments.log, program) as server:
+    with double(stage, step_ms=arguments.step_ms) as server:
         task = Task(server.url, None, via, workload, "1", 1_536)
         run_clients(Task(server.url, None, via, Workload("warm-up", 4, 1, 32, 32), "0", 1_536), 1)
         before = server.cpu_s()["front end"]

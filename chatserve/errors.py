@@ -77,6 +77,15 @@ class Conflict(ServiceError):
     default_code = "response_in_progress"
 
 
+class TooSlow(ServiceError):
+    """A request that did not arrive in time; its connection is not kept for it."""
+
+    kind = "invalid_request_error"
+    http_status = 408
+    default_code = "bad_message"
+    retryable = True
+
+
 class MessageTooLarge(ServiceError):
     """A message or body beyond the limit announced in `welcome`."""
 
@@ -108,6 +117,13 @@ class Overloaded(ServiceError):
     http_status = 429
     default_code = "queue_full"
     retryable = True
+
+
+class QuotaReached(Overloaded):
+    """The tenant has as many of something as it may have; waiting does not help, deleting one does."""
+
+    default_code = "rate_limited"
+    retryable = False
 
 
 class Unavailable(ServiceError):

@@ -6,20 +6,20 @@ help are derived from the fields here; nothing else lists them. It knows no serv
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 from pydantic_settings import TomlConfigSettingsSource as TomlSource
 
+from chatserve.api_keys import ApiKey, TenantLimits, check_distinct, parse_api_key, read_keys_file
 from chatserve.errors import StartupError
 
 CONFIG_FILE = "chatserve.toml"
@@ -29,8 +29,8 @@ LOCAL_TENANT = "local"
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_KEY = re.compile(r"[!-~]{8,512}")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)", re.IGNORECASE)
+_DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,6 @@ class Option:
     repeat: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ApiKey:
-    """One key and the tenant whose sessions it opens; the secret is never part of a text."""
-
-    tenant: str
-    secret: SecretStr
-
-
 def parse_size(value: Any) -> Any:
     """`32k`, `4G`, `1.5GiB` or a plain number to an integer, with powers of 1,024; other types pass unchanged."""
     if not isinstance(value, str):
@@ -65,15 +57,14 @@ def parse_size(value: Any) -> Any:
     return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
 
 
-def parse_api_key(text: str) -> ApiKey:
-    """`name=key` or `key`; a key without a name gets a tenant named by its hash. Raises ValueError."""
-    name, equals, key = text.partition("=")
-    if not (equals and key.strip("=") and _KEY_NAME.fullmatch(name)):  # base64 keys end in "=": no name there
-        name, key = "", text
-    if not _KEY.fullmatch(key):
-        raise ValueError("an API key needs 8 to 512 printable characters without spaces, written KEY or NAME=KEY")
-    tenant = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:16]
-    return ApiKey(tenant, SecretStr(key))
+def parse_duration(value: Any) -> Any:
+    """`30d`, `12h`, `45m`, `90s` or a plain number of seconds to seconds; other types pass unchanged."""
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("not a time; write a number of seconds, or one with s, m, h or d, such as 12h or 30d")
+    return float(match[1]) * _DURATION_UNITS[match[2].lower()]
 
 
 def is_loopback(host: str) -> bool:
@@ -90,9 +81,18 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _hash_keys(value: Any) -> Any:
+    """Keys as they are written, hashed at once."""
+    listed = _split_commas(value)
+    if not isinstance(listed, list | tuple):
+        return listed
+    return tuple(parse_api_key(entry) if isinstance(entry, str) else entry for entry in listed)
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)]
+Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_hash_keys)]
 
 
 class ServeSettings(BaseSettings):
@@ -102,6 +102,7 @@ class ServeSettings(BaseSettings):
         env_prefix=ENV_PREFIX, toml_file=CONFIG_FILE, extra="forbid", frozen=True, validate_default=True
     )
     secret_fields: ClassVar[frozenset[str]] = frozenset({"api_keys", "redis_url"})
+    _keys: tuple[ApiKey, ...] = PrivateAttr(())
 
     host: Annotated[str, Option("Network", "ADDRESS")] = Field(
         "127.0.0.1", min_length=1, description="Address to listen on; beyond this machine an API key is required."
@@ -109,8 +110,11 @@ class ServeSettings(BaseSettings):
     port: Annotated[int, Option("Network", "PORT")] = Field(
         8000, ge=0, le=65535, description="TCP port; 0 picks a free one."
     )
-    api_keys: Annotated[Secrets, Option("Network", "[NAME=]KEY", flag="--api-key", default="none", repeat=True)] = (
-        Field((), description="Key that clients must present; its name is the tenant whose sessions it opens.")
+    api_keys: Annotated[Keys, Option("Network", "[NAME=]KEY", flag="--api-key", default="none", repeat=True)] = Field(
+        (), description="Key that clients must present; its name is the tenant whose sessions it opens.", repr=False
+    )
+    api_keys_file: Annotated[Path | None, Option("Network", "FILE", default="none")] = Field(
+        None, description="File of such keys, NAME=KEY or NAME=sha256:HEX a line, limits of that key behind it."
     )
     insecure: Annotated[bool, Option("Network")] = Field(
         False, description="Serve beyond this machine without any API key."
@@ -121,6 +125,9 @@ class ServeSettings(BaseSettings):
 
     data_dir: Annotated[Path, Option("Storage", "DIR")] = Field(
         Path("chatserve-data"), description="Directory of everything that survives a restart."
+    )
+    session_ttl_s: Annotated[Duration | None, Option("Storage", "TIME", flag="--session-ttl", default="kept")] = Field(
+        None, gt=0, description="Sessions unused for this long, such as 30d or 12h, are deleted for good."
     )
     redis_url: Annotated[str | None, Option("Storage", "URL", default="one started with the server")] = Field(
         None, description="Redis to keep sessions in, such as redis://localhost:6379/0.", repr=False
@@ -160,6 +167,9 @@ class ServeSettings(BaseSettings):
     max_message_bytes: Annotated[Size, Option("Limits", "BYTES")] = Field(
         1 << 20, ge=1 << 10, le=64 << 20, description="Largest message or request body taken from a client."
     )
+    max_import_bytes: Annotated[Size, Option("Limits", "BYTES")] = Field(
+        16 << 20, ge=1 << 10, le=256 << 20, description="Largest session document taken by an import."
+    )
     max_connection_sessions: Annotated[int, Option("Limits", "N")] = Field(
         32, ge=1, description="Sessions that one connection may follow at a time."
     )
@@ -177,6 +187,15 @@ class ServeSettings(BaseSettings):
     )
     max_waiting: Annotated[int, Option("Limits", "N")] = Field(
         1024, ge=1, description="Turns that may wait; the next one is refused with queue_full."
+    )
+    key_max_sessions: Annotated[int | None, Option("Limits", "N", default="no limit")] = Field(
+        None, ge=1, description="Sessions that one API key may have, unless the keys file says otherwise for it."
+    )
+    key_max_turns: Annotated[int | None, Option("Limits", "N", default="no limit")] = Field(
+        None, ge=1, description="Turns and completions that one API key may run or have waiting at a time."
+    )
+    key_tokens_per_minute: Annotated[Size | None, Option("Limits", "N", default="no limit")] = Field(
+        None, ge=1, description="Tokens that may be computed for one API key a minute; cached ones are free."
     )
     resume_ttl_s: Annotated[float, Option("Limits", "SECONDS")] = Field(
         600.0, ge=1, description="How long a finished reply can be replayed piece by piece."
@@ -204,18 +223,6 @@ class ServeSettings(BaseSettings):
         """Flags, environment, file: in this order, and nothing else."""
         return init_settings, env_settings, TomlSource(settings_cls)
 
-    @field_validator("api_keys")
-    @classmethod
-    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        parsed = [parse_api_key(key.get_secret_value()) for key in keys]
-        for what, values in (
-            ("name", [key.tenant for key in parsed]),
-            ("key", [key.secret.get_secret_value() for key in parsed]),
-        ):
-            if len(set(values)) < len(values):
-                raise ValueError(f"the same {what} is given twice; give each tenant one name and one key")
-        return keys
-
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
@@ -227,8 +234,15 @@ class ServeSettings(BaseSettings):
         return tuple(origin.lower() for origin in origins)
 
     @model_validator(mode="after")
+    def _read_keys(self) -> ServeSettings:
+        listed = self.api_keys + (read_keys_file(self.api_keys_file) if self.api_keys_file else ())
+        check_distinct(listed)
+        self._keys = tuple(replace(key, limits=key.limits.over(self.default_limits)) for key in listed)
+        return self
+
+    @model_validator(mode="after")
     def _refuse_open_server(self) -> ServeSettings:
-        if not (is_loopback(self.host) or self.api_keys or self.insecure):
+        if not (is_loopback(self.host) or self.keys or self.insecure):
             raise ValueError(
                 f"host {self.host!r} is reachable from other machines and no API key is set: add --api-key KEY "
                 f"(or {ENV_PREFIX}API_KEYS), listen on 127.0.0.1, or accept the risk with --insecure"
@@ -237,8 +251,13 @@ class ServeSettings(BaseSettings):
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:
-        """The API keys with their tenants; none means that everyone is the tenant `local`."""
-        return tuple(parse_api_key(key.get_secret_value()) for key in self.api_keys)
+        """All API keys with their tenants and limits; none means that everyone is the tenant `local`."""
+        return self._keys
+
+    @property
+    def default_limits(self) -> TenantLimits:
+        """What a tenant may use where its key does not say."""
+        return TenantLimits(self.key_max_sessions, self.key_max_turns, self.key_tokens_per_minute)
 
 
 def option_of(name: str) -> Option:

@@ -28,7 +28,10 @@ IMPORTERS = {
 # A package, and the packages it must not know.
 FORBIDDEN = {
     "kvstore/": ("chatserve",),
-    "chatserve/protocol/": ("asyncio", "socket", "chatserve.sessions", "chatserve.server", "chatserve.storage"),
+    "chatserve/protocol/": (
+        *("asyncio", "socket", "io", "os", "pathlib", "subprocess", "threading", "logging", "time", "websockets"),
+        *("chatserve.sessions", "chatserve.server", "chatserve.storage", "chatserve.client", "chatserve.engine"),
+    ),
     "chatserve/text/": ("chatserve.sessions", "chatserve.storage", "chatserve.engine", "chatserve.server"),
     "chatserve/model/": ("chatserve.engine", "chatserve.sessions", "kvstore"),
     "chatserve/engine/": ("chatserve.sessions", "chatserve.server", "chatserve.storage", "chatserve.protocol"),

@@ -1,7 +1,7 @@
-"""`chatserve serve` over `engine_double`: `python -m bench.load.double_server STEP_MS PROFILE FLAGS...`.
+"""`chatserve serve` over `engine_double`: `python -m bench.load.double_server STEP_MS TRACE PROFILE FLAGS...`.
 
 Everything else is the real thing: uvicorn, WebSocket, HTTP, sessions, an embedded Redis. A file name as `PROFILE`
-("-" for none) gets the front end's cProfile statistics.
+gets the front end's cProfile statistics, one as `TRACE` the double's steps; "-" is for none.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from chatserve.engine.wire import AsyncChannel
 
 def main() -> None:
     """Serve until a signal comes."""
-    step_ms, profile, *flags = sys.argv[1:]
-    child._launch = lambda: _launch(step_ms)  # the one place where a front end meets its engine
+    step_ms, trace, profile, *flags = sys.argv[1:]
+    options = [step_ms] if trace == "-" else [step_ms, trace]
+    child._launch = lambda: _launch(options)  # the one place where a front end meets its engine
     if profile == "-":
         raise SystemExit(serve.main(flags))
     profiler = cProfile.Profile()
@@ -28,10 +29,10 @@ def main() -> None:
     raise SystemExit(status)
 
 
-async def _launch(step_ms: str) -> tuple[asyncio.subprocess.Process, AsyncChannel]:
+async def _launch(options: list[str]) -> tuple[asyncio.subprocess.Process, AsyncChannel]:
     ours, theirs = socket.socketpair()
     with theirs:
-        command = (sys.executable, "-m", "bench.load.engine_double", str(theirs.fileno()), step_ms)
+        command = (sys.executable, "-m", "bench.load.engine_double", str(theirs.fileno()), *options)
         process = await asyncio.create_subprocess_exec(
             *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr
         )

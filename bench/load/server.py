@@ -45,6 +45,15 @@ class Server:
         """The most main memory each process has held."""
         return {_label(pid, self.pid): _peak_rss_mib(pid) for pid in self._pids()}
 
+    def rss_kib(self) -> int:
+        """The main memory that the front end holds now."""
+        status = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+    def num_files(self) -> int:
+        """Files and sockets that the front end has open."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
     def children(self) -> list[int]:
         """The engine's and Redis's process ids."""
         paths = Path(f"/proc/{self.pid}/task").glob("*/children")

@@ -27,6 +27,8 @@ TITLE_CHARS = 48
 HELP = """/new           start another session
 /sessions      list sessions
 /open NUMBER   go on with a session of the list, or with the one whose id is given
+/regenerate    have the last message answered again, in another branch
+/fork [TURNS]  go on in a new session that begins like this one, with all or the first TURNS of its turns
 /quit          leave (so does Ctrl-D); the session stays
 Ctrl-C         stop the reply that is being written"""
 
@@ -76,6 +78,8 @@ class Conversation:
             "/new": lambda _: self._start(),
             "/sessions": lambda _: self._list(),
             "/open": self._open_listed,
+            "/regenerate": lambda _: self._regenerate(),
+            "/fork": self._fork,
             "/help": lambda _: self._screen.remark(HELP),
         }
 
@@ -145,11 +149,34 @@ class Conversation:
         else:
             self._screen.problem("Which one? /sessions lists them; then /open with a number of the list, or an id.")
 
+    def _regenerate(self) -> None:
+        path = branch(self._api.get_session(self._session_id))
+        asked = [message["id"] for message in path if message["role"] == "user"]
+        if asked:
+            self._show(self._loop.call(self._client.respond(self._session_id, parent_id=asked[-1])))
+        else:
+            self._screen.problem("There is nothing to answer again yet.")
+
+    def _fork(self, turns: str) -> None:
+        path = branch(self._api.get_session(self._session_id))
+        starts = [place for place, message in enumerate(path) if message["role"] == "user"]
+        number = int(turns) if turns.isdecimal() else 0
+        if (turns and not number) or number > len(starts) or not starts:
+            self._screen.problem(f"Fork behind which turn? There are {len(starts)}; /fork alone takes all of them.")
+            return
+        end = starts[number] if 0 < number < len(starts) else len(path)
+        fork = self._loop.call(self._client.fork_session(self._session_id, path[end - 1]["id"]))
+        self._open(fork["id"])
+
     def _turn(self, text: str) -> None:
         accepted = self._loop.call(self._client.send(self._session_id, text))
         if self._untitled:
             self._loop.call(self._client.update_session(self._session_id, title=one_line(text, TITLE_CHARS)))
             self._untitled = False
+        self._show(accepted)
+
+    def _show(self, accepted: dict[str, Any]) -> None:
+        """Show the reply that was accepted, as it comes, and what it cost."""
         reply = Reply(self._client, self._loop, self._screen, self._session_id, accepted["response_id"])
         response = reply.show()
         self._failed = response["status"] == "failed"

@@ -14,8 +14,10 @@ from chatserve.version import __version__
 COMMANDS = {
     "serve": ("chatserve.cli.serve", "serve a model to browsers and programs"),
     "chat": ("chatserve.cli.chat", "talk with a running server in this terminal"),
-    "sessions": ("chatserve.cli.sessions", "list, show or delete the sessions of a running server"),
+    "sessions": ("chatserve.cli.sessions", "list, show, export, import or delete the sessions of a running server"),
     "cache": ("chatserve.cli.cache", "measure, verify or compact a page cache on disk that no server has open"),
+    "healthcheck": ("chatserve.cli.healthcheck", "say whether a server is ready, as its exit status"),
+    "config": ("chatserve.cli.config", "show the settings that a server would have, and where they came from"),
     "doctor": ("chatserve.cli.doctor", "say what this machine has, and test whether a server would work on it"),
 }
 
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="chatserve",
         usage="chatserve [--help] [--version] COMMAND ...",

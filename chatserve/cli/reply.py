@@ -31,10 +31,12 @@ class Reply:
     def show(self) -> dict[str, Any]:
         """Show the reply until it ends; returns the response object. Ctrl-C asks the server to stop it."""
         response = None
-        while response is None:
-            response = self._take(self._next_event())
-        self._show_from(0, response.get("text", ""))
-        self._screen.reply_end()
+        try:
+            while response is None:
+                response = self._take(self._next_event())
+            self._show_from(0, response.get("text", ""))
+        finally:
+            self._screen.reply_end()
         return response
 
     def _next_event(self) -> dict[str, Any]:

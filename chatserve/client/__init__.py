@@ -3,5 +3,6 @@
 from chatserve.client.chat import ChatClient
 from chatserve.client.errors import CommandFailedError, ConnectionEndedError
 from chatserve.client.http import HttpApi
+from chatserve.client.link import Patience
 
-__all__ = ["ChatClient", "CommandFailedError", "ConnectionEndedError", "HttpApi"]
+__all__ = ["ChatClient", "CommandFailedError", "ConnectionEndedError", "HttpApi", "Patience"]

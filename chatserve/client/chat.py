@@ -12,23 +12,31 @@ import itertools
 import random
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from chatserve.client.address import base_urls
 from chatserve.client.cursor import Cursor
 from chatserve.client.errors import CommandFailedError, ConnectionEndedError
-from chatserve.client.link import Link, LinkLostError
+from chatserve.client.link import Link, LinkLostError, Patience
 from chatserve.protocol.codec import Encoding
 from chatserve.protocol.events import TERMINAL_EVENTS, Event
 
 COMMAND_TIMEOUT_S = 60.0
 MAX_QUEUED_EVENTS = 10_000
-FIRST_BACKOFF_S = 0.25
-MAX_BACKOFF_S = 10.0
 RETRY_ATTACH_S = 1.0
 CLOSED_BY_US = 1000
 _ANSWERS = frozenset({"ok", "error", "session.attached"})
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A command that waits for its answer."""
+
+    message: Event
+    answered: asyncio.Future[Event]
+    was_repeated: bool = False
 
 
 class ChatClient:
@@ -47,19 +55,22 @@ class ChatClient:
         token: str | None = None,
         encoding: Encoding = "msgpack",
         command_timeout_s: float = COMMAND_TIMEOUT_S,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> None:
         self._url = base_urls(url)[1]
         self._token = token
         self._encoding: Encoding = encoding
         self._command_timeout_s = command_timeout_s
+        self._patience = patience
         self._link: Link | None = None
         self._runner: asyncio.Task[Any] | None = None
         self._cursors: dict[str, Cursor] = {}
-        self._unanswered: dict[str, tuple[Event, asyncio.Future[Event]]] = {}
+        self._unanswered: dict[str, _Asked] = {}
         self._events: asyncio.Queue[Event] = asyncio.Queue(MAX_QUEUED_EVENTS)
         self._ids = itertools.count(1)
         self._pause_s = 0.0
         self._reattaching: set[asyncio.Task[None]] = set()
+        self._replying: set[str] = set()  # sessions with a reply under way
         self.welcome: Event = {}
 
     async def __aenter__(self) -> Self:
@@ -101,7 +112,7 @@ class ChatClient:
 
     async def detach(self, session_id: str) -> None:
         """Follow a session no longer."""
-        self._cursors.pop(session_id, None)
+        self._forget(session_id)
         await self.command("session.detach", session_id=session_id)
 
     async def update_session(self, session_id: str, **fields: Any) -> Event:
@@ -112,8 +123,20 @@ class ChatClient:
 
     async def delete_session(self, session_id: str) -> None:
         """Delete a session with everything it holds."""
-        self._cursors.pop(session_id, None)
-        await self.command("session.delete", session_id=session_id)
+        self._forget(session_id)
+        try:
+            await self.command("session.delete", session_id=session_id)
+        except CommandFailedError as refusal:
+            if not (refusal.was_repeated and refusal.code == "session_not_found"):
+                raise
+
+    async def fork_session(self, session_id: str, at_message_id: str, **fields: Any) -> Event:
+        """Make a session that begins like this one up to a message, perhaps with another `title`; returns it."""
+        answer = await self.command(
+            "session.fork", session_id=session_id, at_message_id=at_message_id, key=_new_key(), **fields
+        )
+        session: Event = answer["session"]
+        return session
 
     async def send(self, session_id: str, text: str, **fields: Any) -> Event:
         """Say something; returns `ok` with `message_id`, `response_id` and `head_seq`. The reply comes in events."""
@@ -145,15 +168,14 @@ class ChatClient:
         command_id = f"c{next(self._ids)}"
         message = {name: value for name, value in fields.items() if value is not None}
         message.update(type=name, id=command_id)
-        answered: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-        self._unanswered[command_id] = (message, answered)
+        asked = self._unanswered[command_id] = _Asked(message, asyncio.get_running_loop().create_future())
         try:
             await self._send(message)
-            answer = await asyncio.wait_for(self._unless_ended(answered), self._command_timeout_s)
+            answer = await asyncio.wait_for(self._unless_ended(asked.answered), self._command_timeout_s)
         finally:
             del self._unanswered[command_id]
         if answer["type"] == "error":
-            raise CommandFailedError(answer["error"])
+            raise CommandFailedError(answer["error"], was_repeated=asked.was_repeated)
         return answer
 
     async def events(self) -> AsyncIterator[Event]:
@@ -195,7 +217,9 @@ class ChatClient:
             {"session_id": session_id, "epoch": cursor.epoch, "after_seq": cursor.seq}
             for session_id, cursor in self._cursors.items()
         ]
-        link = await Link.open(self._url, encoding=self._encoding, token=self._token, resume=resume)
+        link = await Link.open(
+            self._url, encoding=self._encoding, token=self._token, resume=resume, patience=self._patience
+        )
         self._link, self.welcome = link, link.welcome
         return link
 
@@ -204,19 +228,20 @@ class ChatClient:
         while True:
             try:
                 while True:
-                    await self._receive(await link.receive())
+                    await self._receive(await link.receive(is_due=bool(self._replying or self._unanswered)))
             except LinkLostError as error:
                 self._link = None
                 await self._events.put({"type": "client.disconnected", "reason": str(error)})
             link = await self._reopen()
             await self._events.put({"type": "client.connected"})
-            for message, _ in list(self._unanswered.values()):
-                await self._send(message)
+            for asked in list(self._unanswered.values()):
+                asked.was_repeated = True
+                await self._send(asked.message)
 
     async def _reopen(self) -> Link:
         for attempt in itertools.count():
             pause_s, self._pause_s = self._pause_s, 0.0
-            ceiling_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempt, 10))
+            ceiling_s = min(self._patience.max_backoff_s, self._patience.first_backoff_s * 2 ** min(attempt, 10))
             await asyncio.sleep(pause_s + random.uniform(0, ceiling_s))
             with contextlib.suppress(LinkLostError):
                 return await self._open()
@@ -229,7 +254,7 @@ class ChatClient:
         if kind == "goaway":
             self._pause_s = event["reconnect_after_ms"] / 1000
         if kind in _ANSWERS and event.get("id") in self._unanswered:
-            answered = self._unanswered[event["id"]][1]
+            answered = self._unanswered[event["id"]].answered
             if not answered.done():
                 answered.set_result(event)
         elif "seq" in event:
@@ -242,16 +267,27 @@ class ChatClient:
         cursor = self._cursors.get(event["session_id"])
         verdict = cursor.judge(event) if cursor else "drop"  # detached meanwhile
         if verdict == "apply":
+            self._note_reply(event)
             await self._events.put(event)
         elif verdict == "gap":
             self._reattach(event["session_id"], delay_s=0.0)
 
+    def _note_reply(self, event: Event) -> None:
+        """Remember where a reply is under way: there the server should not be silent for long."""
+        if event["type"] in TERMINAL_EVENTS or event["type"] == "session.deleted":
+            self._replying.discard(event["session_id"])
+        elif event["type"].startswith("response."):
+            self._replying.add(event["session_id"])
+
     def _move_cursor(self, attached: Event) -> None:
         session_id = attached["session_id"]
         if attached["mode"] == "snapshot":
+            self._replying.discard(session_id)
+            if attached["snapshot"].get("active_response"):
+                self._replying.add(session_id)
             self._cursors[session_id] = Cursor(attached["epoch"], attached["head_seq"])
         elif attached.get("id") in self._unanswered:
-            asked = self._unanswered[attached["id"]][0]
+            asked = self._unanswered[attached["id"]].message
             after_seq = asked["after_seq"] if "after_seq" in asked else attached["head_seq"]
             self._cursors[session_id] = Cursor(attached["epoch"], after_seq)
 
@@ -261,7 +297,11 @@ class ChatClient:
             if event["error"].get("retryable"):
                 self._reattach(event["session_id"], delay_s=RETRY_ATTACH_S)
             else:
-                del self._cursors[event["session_id"]]
+                self._forget(event["session_id"])
+
+    def _forget(self, session_id: str) -> None:
+        self._cursors.pop(session_id, None)
+        self._replying.discard(session_id)
 
     def _reattach(self, session_id: str, delay_s: float) -> None:
         name = f"reattach-{session_id}"
@@ -281,7 +321,7 @@ class ChatClient:
                 attached = await self.attach(session_id, epoch=cursor.epoch, after_seq=cursor.seq)
             except CommandFailedError as refusal:
                 if not refusal.error.get("retryable"):
-                    del self._cursors[session_id]
+                    self._forget(session_id)
                     attached = {"type": "error", "session_id": session_id, "error": refusal.error}
         if attached is not None:
             await self._events.put(attached)

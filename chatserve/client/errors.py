@@ -11,11 +11,15 @@ class ClientError(Exception):
 
 
 class CommandFailedError(ClientError):
-    """The server refused a command; `error` is its error object."""
+    """The server refused a command; `error` is its error object.
 
-    def __init__(self, error: Mapping[str, Any]) -> None:
+    `was_repeated`: the command had gone out before, over a connection that was lost, and may have been carried out.
+    """
+
+    def __init__(self, error: Mapping[str, Any], *, was_repeated: bool = False) -> None:
         super().__init__(error.get("message", "the server gave no reason"))
         self.error = dict(error)
+        self.was_repeated = was_repeated
 
     @property
     def code(self) -> str:

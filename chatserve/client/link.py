@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -15,13 +17,27 @@ from chatserve.client.errors import ConnectionEndedError
 from chatserve.protocol.codec import Encoding, encode, from_wire
 from chatserve.version import __version__
 
-OPEN_TIMEOUT_S = 10.0
-PING_INTERVAL_S = 15.0
-PING_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
 MAX_MESSAGE_BYTES = 64 << 20  # a snapshot holds a whole session
 FINAL_CLOSE_CODES = frozenset({1000, 1007, 1009, 4400, 4401, 4403, 4409})
 FINAL_STATUSES = frozenset({400, 401, 403, 404, 426})
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a client waits, in seconds.
+
+    After `quiet_s` without a word, `reply_quiet_s` while a reply or an answer is due, the server is asked whether it is
+    there; without any answer for `pong_s` the connection counts as lost. Pauses before coming back are drawn between 0
+    and `first_backoff_s`, which doubles up to `max_backoff_s`.
+    """
+
+    open_s: float = 10.0
+    quiet_s: float = 15.0
+    reply_quiet_s: float = 2.0
+    pong_s: float = 3.0
+    first_backoff_s: float = 0.25
+    max_backoff_s: float = 10.0
 
 
 class LinkLostError(Exception):
@@ -31,19 +47,26 @@ class LinkLostError(Exception):
 class Link:
     """A welcomed connection. `send` and `receive` raise LinkLostError, or ConnectionEndedError where it is final."""
 
-    def __init__(self, socket: ClientConnection, encoding: Encoding) -> None:
+    def __init__(self, socket: ClientConnection, encoding: Encoding, patience: Patience) -> None:
         self._socket = socket
         self._encoding: Encoding = encoding
+        self._patience = patience
         self.welcome: dict[str, Any] = {}
 
     @classmethod
     async def open(
-        cls, url: str, *, encoding: Encoding, token: str | None, resume: Sequence[Mapping[str, Any]]
+        cls,
+        url: str,
+        *,
+        encoding: Encoding,
+        token: str | None,
+        resume: Sequence[Mapping[str, Any]],
+        patience: Patience,
     ) -> Link:
         """Connect to a WebSocket base URL, say hello and wait for the welcome."""
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S):
-                link = cls(await _connect(url, encoding, token), encoding)
+            async with asyncio.timeout(patience.open_s):
+                link = cls(await _connect(url, encoding, token), encoding, patience)
                 await link._greet(resume)
         except InvalidStatus as error:
             raise _from_status(error) from None
@@ -60,24 +83,48 @@ class Link:
         except ConnectionClosed as error:
             raise _from_close(error) from None
 
-    async def receive(self) -> dict[str, Any]:
-        """The next event."""
+    async def receive(self, *, is_due: bool) -> dict[str, Any]:
+        """The next event; where none comes, the server is asked whether it is there. `is_due`: one should come soon."""
         try:
-            data = await self._socket.recv()
+            while True:
+                event = await self._receive_within(self._patience.reply_quiet_s if is_due else self._patience.quiet_s)
+                if event is None:
+                    event = await self._confirm()
+                if event is not None:
+                    return event
         except ConnectionClosed as error:
             raise _from_close(error) from None
-        event: dict[str, Any] = json.loads(data) if isinstance(data, str) else from_wire(data)
-        return event
 
     async def close(self) -> None:
         """Say goodbye; a server that does not answer is not waited for long."""
         await self._socket.close()
 
+    async def _receive_within(self, timeout_s: float) -> dict[str, Any] | None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                data = await self._socket.recv()
+        except TimeoutError:
+            return None
+        event: dict[str, Any] = json.loads(data) if isinstance(data, str) else from_wire(data)
+        return event
+
+    async def _confirm(self) -> dict[str, Any] | None:
+        """Ask the server whether it is there; gives an event if one comes meanwhile. Raises LinkLostError."""
+        pong = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._patience.pong_s):
+                pong = asyncio.ensure_future(await self._socket.ping())
+        event = await self._receive_within(self._patience.pong_s)
+        if event is None and (pong is None or not pong.done()):
+            self._socket.transport.abort()
+            raise LinkLostError(f"the server was silent for {self._patience.pong_s:g} s")
+        return event
+
     async def _greet(self, resume: Sequence[Mapping[str, Any]]) -> None:
         try:
             await self.send(_hello(resume))
             while not self.welcome:
-                event = await self.receive()  # an error may come first: the close code after it says the rest
+                event = await self.receive(is_due=False)  # perhaps an error: the close code after it says the rest
                 self.welcome = event if event["type"] == "welcome" else {}
         except BaseException:  # a cancelled greeting must not leave its socket open either; raised again
             await self.close()
@@ -90,9 +137,8 @@ async def _connect(url: str, encoding: Encoding, token: str | None) -> ClientCon
         subprotocols=[Subprotocol(f"chatserve.v1.{encoding}")],
         additional_headers={"Authorization": f"Bearer {token}"} if token else None,
         compression=None,
-        open_timeout=OPEN_TIMEOUT_S,
-        ping_interval=PING_INTERVAL_S,
-        ping_timeout=PING_TIMEOUT_S,
+        open_timeout=None,
+        ping_interval=None,
         close_timeout=CLOSE_TIMEOUT_S,
         max_size=MAX_MESSAGE_BYTES,
     )

@@ -67,11 +67,8 @@ TopK = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 MinP = Annotated[float, Field(strict=True, ge=0, le=1)]
 MaxOutputTokens = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
-Stop = Annotated[
-    tuple[Annotated[str, _text(1, 256)], ...],
-    BeforeValidator(_one_as_list),
-    Field(min_length=1, max_length=8),
-]
+_Stops = Annotated[tuple[Annotated[str, _text(1, 256)], ...], Field(min_length=1, max_length=8)]
+Stop = Annotated[_Stops, BeforeValidator(_one_as_list, json_schema_input_type=str | _Stops)]
 
 
 @_message
@@ -115,10 +112,12 @@ class TokenIdsPart:
 
 
 InputPart = TextPart | TokenIdsPart
+_Parts = Annotated[
+    tuple[Annotated[InputPart, Field(discriminator="type")], ...], Field(min_length=1, max_length=MAX_INPUT_PARTS)
+]
 Input = Annotated[
-    tuple[Annotated[InputPart, Field(discriminator="type")], ...],
-    BeforeValidator(_text_as_parts),
-    Field(min_length=1, max_length=MAX_INPUT_PARTS),
+    _Parts,
+    BeforeValidator(_text_as_parts, json_schema_input_type=str | _Parts),
     AfterValidator(_token_ids_alone),
 ]
 

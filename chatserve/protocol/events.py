@@ -7,7 +7,9 @@ become log entries by `stamp`; connection events go out as they are. No I/O.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from typing_extensions import TypedDict  # the one that pydantic reads before Python 3.12
 
 Event = dict[str, Any]
 Mode = Literal["replay", "snapshot"]

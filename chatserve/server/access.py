@@ -5,20 +5,20 @@ Pure decisions on strings; it knows no sockets and no framework.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from chatserve.api_keys import ApiKey, hash_key
 from chatserve.errors import Forbidden, Unauthorized
-from chatserve.settings import LOCAL_TENANT, ApiKey, is_loopback
+from chatserve.settings import LOCAL_TENANT, is_loopback
 
 
 class Access:
     """The rules of one server. Without keys everybody is the tenant `local` and a presented key is ignored."""
 
     def __init__(self, *, keys: Iterable[ApiKey], allowed_origins: Iterable[str], bound_host: str) -> None:
-        self._digests = [(_digest(key.secret.get_secret_value()), key.tenant) for key in keys]
+        self._digests = [(key.digest, key.tenant) for key in keys]
         self._allowed_origins = frozenset(allowed_origins)
         self._allowed_hosts = frozenset(_host_of(origin) for origin in self._allowed_origins)
         self._bound_host = bound_host.strip("[]").lower()
@@ -28,7 +28,7 @@ class Access:
         """The tenant that `key` opens; raises Unauthorized, with the same words for a wrong key and for none."""
         if not self._digests:
             return LOCAL_TENANT
-        presented = _digest(key or "")
+        presented = hash_key(key or "")
         found = None
         for digest, tenant in self._digests:  # every key is compared, so the time taken says nothing about them
             if hmac.compare_digest(digest, presented):
@@ -62,10 +62,6 @@ def bearer_key(authorization: str | None) -> str | None:
     """The key of an `Authorization: Bearer KEY` header."""
     scheme, _, key = (authorization or "").partition(" ")
     return key.strip() or None if scheme.lower() == "bearer" else None
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _host_of(url: str) -> str:

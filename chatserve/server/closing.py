@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 MAX_REASON_BYTES = 123  # a control frame holds no more
+CLOSED_ABNORMALLY = 1006  # never on the wire: the connection was lost
 
 
 class CloseCode(IntEnum):
@@ -32,4 +33,8 @@ class ClosingError(Exception):
 
 
 class PeerGoneError(Exception):
-    """The peer closed the connection or its network went away."""
+    """The peer closed the connection, with this code, or its network went away."""
+
+    def __init__(self, code: int = CLOSED_ABNORMALLY) -> None:
+        super().__init__(code)
+        self.code = code

@@ -6,23 +6,28 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
-from chatserve.engine.api import EngineInfo
+from chatserve.engine.api import Engine
 from chatserve.engine.client import EngineClient
 from chatserve.engine.config import EngineConfig
 from chatserve.pretrained import load_pretrained
 from chatserve.server.access import Access
-from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
+from chatserve.server.limits import LimitedEngine, TurnLimiter
 from chatserve.server.metrics import Metrics
+from chatserve.server.openai.completing import Completions
 from chatserve.server.services import Services
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.manager import SessionManager
+from chatserve.sessions.retention import Retention
 from chatserve.settings import ServeSettings
 from chatserve.storage.connection import open_redis, socket_url
 from chatserve.storage.records import RedisSessionRecords
-from chatserve.storage.session_store import SessionStore
+from chatserve.storage.session_store import SessionStore, StoreWatch
 from chatserve.text.pipeline import TextPipeline
+
+MAX_RUNNING = 1024  # more than any device's default
 
 
 @asynccontextmanager
@@ -42,7 +47,10 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         text = await asyncio.to_thread(_load_text, settings.model)
         report("Opening the session store")
         redis = await stack.enter_async_context(open_redis(settings.redis_url, settings.data_dir))
-        store = SessionStore(redis, instance_id, durable=settings.redis_url is None)
+        quota = session_quota(settings)
+        metrics = Metrics()
+        watch = StoreWatch(metrics.note_append, metrics.note_duplicate)
+        store = SessionStore(redis, instance_id, durable=settings.redis_url is None, max_sessions=quota, watch=watch)
         stack.push_async_callback(store.close)
         records = RedisSessionRecords(redis, instance_id)
         stack.push_async_callback(records.close)
@@ -50,24 +58,28 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         await starting
         engine.read_records(settings.redis_url or socket_url(redis))
         report("Taking up the sessions")
-        metrics = Metrics()
         limits = SessionLimits(resume_ttl_s=settings.resume_ttl_s)
-        sessions = SessionManager(store, engine, text, records, limits, on_response=metrics.note_response)
+        limited = limited_engine(engine, settings)
+        sessions = SessionManager(store, limited, text, records, limits, on_response=metrics.note_response)
         stack.push_async_callback(sessions.close)
         await sessions.start()
+        hub = Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections)
+        if settings.session_ttl_s is not None:
+            retention = Retention(store, sessions, settings.session_ttl_s, on_deleted=hub.sessions_changed)
+            stack.push_async_callback(_settle, asyncio.create_task(retention.run(), name="retention"))
         yield Services(
             settings=settings,
             sessions=sessions,
-            completions=Completions(engine, text),
+            completions=Completions(limited, text, on_response=metrics.note_response),
             engine=engine,
-            hub=Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections),
+            hub=hub,
             access=Access(keys=settings.keys, allowed_origins=settings.allowed_origins, bound_host=settings.host),
             ping_store=store.ping,
             metrics=metrics,
         )
 
 
-async def _settle(task: asyncio.Task[EngineInfo]) -> None:
+async def _settle(task: asyncio.Task[Any]) -> None:
     """Wait for the task's end, which is now if it has not come yet."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -85,10 +97,25 @@ def engine_config(settings: ServeSettings) -> EngineConfig:
         kv_disk_bytes=settings.kv_disk_space,
         kv_disk_path=str(settings.kv_disk_path or settings.data_dir / "kv"),
         max_context=settings.max_context,
+        log_level=settings.log_level,
+        log_format=settings.log_format,
         max_step_tokens=settings.max_step_tokens,
         max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
+        max_waiting=settings.max_waiting + (settings.max_running or MAX_RUNNING),  # the front end refuses before
     )
+
+
+def limited_engine(engine: Engine, settings: ServeSettings) -> LimitedEngine:
+    """The engine as tenants may use it."""
+    tenants = {key.tenant: key.limits for key in settings.keys}
+    max_turns = engine.info.max_running + settings.max_waiting
+    return LimitedEngine(engine, TurnLimiter(tenants, settings.default_limits, max_turns=max_turns))
+
+
+def session_quota(settings: ServeSettings) -> Callable[[str], int | None]:
+    """How many sessions a tenant may have."""
+    quotas = {key.tenant: key.limits.sessions for key in settings.keys}
+    return lambda tenant: quotas.get(tenant, settings.default_limits.sessions)
 
 
 def _load_text(model: str) -> TextPipeline:

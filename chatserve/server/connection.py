@@ -1,4 +1,4 @@
-"""One WebSocket connection: a reader that carries out commands, a writer, and one pump for each session it follows.
+"""One WebSocket connection: a reader, a worker that carries out commands, a writer, a pump for each session it follows.
 
 A pump is a cursor into the session's log and waits for room in the outbox, so a reader that is slow is slow alone.
 """
@@ -15,10 +15,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
 
 from chatserve.errors import BadRequest, Overloaded, ServiceError, Unauthorized
+from chatserve.logs import bind
 from chatserve.protocol import events
 from chatserve.protocol.codec import Encoding, decode_command, encode
-from chatserve.protocol.commands import Command, Hello
-from chatserve.server.closing import CloseCode, ClosingError, PeerGoneError
+from chatserve.protocol.commands import Command, Hello, Ping
+from chatserve.server.closing import CLOSED_ABNORMALLY, CloseCode, ClosingError, PeerGoneError
 from chatserve.server.dispatch import Dispatcher, internal_error
 from chatserve.server.following import Following
 from chatserve.server.outbox import Message, Outbox
@@ -26,6 +27,7 @@ from chatserve.server.services import Services
 from chatserve.version import __version__
 
 MAX_UNSENT_BYTES = 256 << 10
+MAX_WAITING_COMMANDS = 32  # of one connection; then it is read no further
 HEARTBEAT_MS = 15_000
 _FATAL_CODES = frozenset({"bad_message", "message_too_large"})
 logger = logging.getLogger(__name__)
@@ -54,9 +56,10 @@ class Connection:
         self._timeouts = services.timeouts
         self._tenant: str | None = None
         self._outbox = Outbox(MAX_UNSENT_BYTES)
+        self._commands: asyncio.Queue[tuple[Dispatcher, Command]] = asyncio.Queue(MAX_WAITING_COMMANDS)
         self._closing: asyncio.Future[ClosingError] = asyncio.get_running_loop().create_future()
         self._following = Following(
-            services.sessions, self._outbox, encoding, services.settings.max_connection_sessions
+            services.sessions, self._outbox, encoding, services.settings.max_connection_sessions, services.metrics
         )
 
     @property
@@ -76,18 +79,22 @@ class Connection:
 
     async def run(self) -> None:
         """Serve until either side ends it."""
+        bind(connection_id=self.connection_id)
         reader = asyncio.create_task(self._read(), name=f"{self.connection_id}-reader")
         writer = asyncio.create_task(self._write(), name=f"{self.connection_id}-writer")
+        worker = asyncio.create_task(self._carry_out(), name=f"{self.connection_id}-worker")
         try:
             with self._services.hub.joined(self):
-                ends: set[asyncio.Future[Any]] = {reader, writer, self._closing}
+                ends: set[asyncio.Future[Any]] = {reader, writer, worker, self._closing}
                 done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                await _end(reader)
+                await asyncio.gather(_end(reader), _end(worker))
                 await self._following.close()
-                await self._close(_why(done))
+                why = _why(done)
+                self._services.metrics.note_close(why.code)
+                await self._close(why)
         finally:
             self._closing.cancel()
-            await asyncio.gather(_end(reader), _end(writer), self._following.close())
+            await asyncio.gather(_end(reader), _end(writer), _end(worker), self._following.close())
 
     async def _read(self) -> None:
         """Hello, then one command after the other. Always ends in ClosingError or PeerGoneError."""
@@ -125,11 +132,29 @@ class Connection:
     async def _converse(self, tenant: str, hello: Hello) -> None:
         dispatcher = Dispatcher(self._services, self._following, tenant)
         await self._send(self._welcome())
+        await self._send_some(self._services.hub.farewell)
         for entry in hello.resume:
             await self._send_some(await dispatcher.resume(entry))
-        while True:
-            command = await self._receive()
+        try:
+            while True:
+                await self._take(dispatcher, await self._receive())
+        except (PeerGoneError, ClosingError):
+            await self._commands.join()  # what was said before is carried out
+            raise
+
+    async def _take(self, dispatcher: Dispatcher, command: Command) -> None:
+        """A ping is answered at once, whatever takes its time; other commands are carried out one after the other."""
+        if isinstance(command, Ping):
             await self._send_some(await dispatcher.carry_out(command))
+        else:
+            await self._commands.put((dispatcher, command))
+
+    async def _carry_out(self) -> None:
+        """Carry out what was taken, for ever."""
+        while True:
+            dispatcher, command = await self._commands.get()
+            await self._send_some(await dispatcher.carry_out(command))
+            self._commands.task_done()
 
     async def _receive(self) -> Command:
         """The next well-formed command; a message that is not one is answered here."""
@@ -146,7 +171,7 @@ class Connection:
     async def _next_message(self) -> bytes | str:
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
-            raise PeerGoneError
+            raise PeerGoneError(message.get("code") or CLOSED_ABNORMALLY)
         data: bytes | str | None = message.get("bytes")
         return message["text"] if data is None else data
 
@@ -168,14 +193,14 @@ class Connection:
                 reason = f"nothing was read for {self._timeouts.stuck_s:g} s"
                 raise ClosingError(CloseCode.TRY_AGAIN_LATER, reason) from None
             except ClientDisconnected:
-                raise PeerGoneError from None
+                pass  # the reader hears of it too, and carries out what was said before; its answers reach nobody
             self._outbox.sent(len(messages))
 
-    async def _close(self, why: ClosingError | None) -> None:
-        """Send the rest and the close frame; a peer that does not take them is cut off."""
-        if why is None:
+    async def _close(self, why: ClosingError | PeerGoneError) -> None:
+        """Send the rest and the close frame to a peer that is there; one that does not take them is cut off."""
+        if isinstance(why, PeerGoneError):
             return
-        logger.debug("%s closes: %s", self.connection_id, why)
+        logger.debug("%s closes with %d", self.connection_id, why.code)  # the reason may quote what was sent
         stuck = why.code is CloseCode.TRY_AGAIN_LATER
         try:
             async with asyncio.timeout(0 if stuck else self._timeouts.close_s):
@@ -207,13 +232,12 @@ async def _end(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _why(done: set[asyncio.Future[Any]]) -> ClosingError | None:
-    """The reason to close with; None where the peer has gone and nobody is left to be told."""
+def _why(done: set[asyncio.Future[Any]]) -> ClosingError | PeerGoneError:
+    """The reason to close with; where the peer has gone, nobody is left to be told."""
     ends = [future.exception() or future.result() for future in done]
-    if any(isinstance(end, PeerGoneError) for end in ends):
-        return None
-    for end in ends:
-        if isinstance(end, ClosingError):
-            return end
+    for kind in (PeerGoneError, ClosingError):
+        for end in ends:
+            if isinstance(end, kind):
+                return end
     logger.error("a connection failed", exc_info=ends[0])
     return ClosingError(CloseCode.INTERNAL_ERROR, internal_error().message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from rich.console import Console
 from chatserve.engine.api import EngineInfo
 from chatserve.settings import ServeSettings
 from chatserve.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 def stderr_console() -> Console:
@@ -26,6 +29,14 @@ def loading_progress(console: Console) -> Iterator[Callable[[str], None]]:
         return
     with console.status("Starting") as status:
         yield status.update
+
+
+def say_ready(console: Console, url: str, settings: ServeSettings, info: EngineInfo) -> None:
+    """The block that says so, or one line where lines are for machines."""
+    if settings.log_format == "console":
+        print_summary(console, url, settings, info)
+    else:
+        logger.info("ready", extra={name.lower(): value for name, value in summary(url, settings, info)})
 
 
 def print_summary(console: Console, url: str, settings: ServeSettings, info: EngineInfo) -> None:
@@ -52,6 +63,6 @@ def _kv_size(info: EngineInfo) -> str:
 
 
 def _auth(settings: ServeSettings) -> str:
-    if settings.api_keys:
-        return f"on, {len(settings.api_keys)} key{'s' if len(settings.api_keys) > 1 else ''}"
+    if settings.keys:
+        return f"on, {len(settings.keys)} key{'s' if len(settings.keys) > 1 else ''}"
     return "OFF, open to everyone who reaches this address" if settings.insecure else "off, this machine only"

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from chatserve.errors import BadRequest, ServiceError
+from chatserve.logs import bound
 from chatserve.protocol import events
 from chatserve.protocol.commands import (
     Command,
@@ -61,7 +62,9 @@ class Dispatcher:
     async def carry_out(self, command: Command) -> Answer:
         """The answer to one command: `ok`, `error` or what its row of the protocol says. Raises nothing."""
         session_id = getattr(command, "session_id", None)
-        return await _answered(self._handlers[type(command)](command), command.id, session_id)
+        named = {} if session_id is None else {"session_id": session_id}
+        with bound(request_id=command.id, **named):
+            return await _answered(self._handlers[type(command)](command), command.id, session_id)
 
     async def resume(self, entry: ResumeEntry) -> Answer:
         """Follow a session again that `hello` named; only a refusal is left to be sent."""

@@ -15,6 +15,7 @@ from chatserve.errors import Overloaded, Unavailable
 from chatserve.protocol import events
 
 RECONNECT_AFTER_MS = 1000
+CHANGES_INTERVAL_S = 0.25
 
 
 class Member(Protocol):
@@ -38,22 +39,28 @@ class Hub:
         self._max_key_connections = max_key_connections
         self._members: set[Member] = set()
         self._by_tenant: Counter[str] = Counter()
+        self._told: dict[str, bool] = {}  # tenants told a moment ago, and whether there is news since
         self._empty = asyncio.Event()
-        self._draining = False
+        self._farewell: events.Event | None = None
 
     @property
     def draining(self) -> bool:
         """Whether the server is on its way out and takes no new connection."""
-        return self._draining
+        return self._farewell is not None
+
+    @property
+    def farewell(self) -> events.Event | None:
+        """What connections were told when draining began, for those that say hello only then."""
+        return self._farewell
 
     @property
     def num_connections(self) -> int:
         """Connections held now."""
         return len(self._members)
 
-    def check_room(self) -> None:
-        """Raise Unavailable while draining and Overloaded when no further connection can be held."""
-        if self._draining:
+    def check_room(self, tenant: str | None = None) -> None:
+        """Raise Unavailable while draining and Overloaded when no further connection can be held, or by this tenant."""
+        if self.draining:
             raise Unavailable(
                 "the server is shutting down; connect again in a moment",
                 code="server_draining",
@@ -62,6 +69,16 @@ class Hub:
         if len(self._members) >= self._max_connections:
             raise Overloaded(
                 f"the server holds {self._max_connections} connections, the most it may; try again later",
+                code="rate_limited",
+                retry_after_ms=RECONNECT_AFTER_MS,
+            )
+        if tenant is not None:
+            self._check_key(tenant)
+
+    def _check_key(self, tenant: str) -> None:
+        if self._by_tenant[tenant] >= self._max_key_connections:
+            raise Overloaded(
+                f"this key holds {self._max_key_connections} connections, the most it may; close one first",
                 code="rate_limited",
                 retry_after_ms=RECONNECT_AFTER_MS,
             )
@@ -80,12 +97,7 @@ class Hub:
     @contextmanager
     def admitted(self, tenant: str) -> Iterator[None]:
         """Count a connection under its tenant; raises Overloaded when the tenant has too many."""
-        if self._by_tenant[tenant] >= self._max_key_connections:
-            raise Overloaded(
-                f"this key holds {self._max_key_connections} connections, the most it may; close one first",
-                code="rate_limited",
-                retry_after_ms=RECONNECT_AFTER_MS,
-            )
+        self._check_key(tenant)
         self._by_tenant[tenant] += 1
         try:
             yield
@@ -95,19 +107,32 @@ class Hub:
                 del self._by_tenant[tenant]
 
     def sessions_changed(self, tenant: str) -> None:
-        """Tell every connection of the tenant that its list of sessions is not what it was."""
+        """Tell every connection of the tenant that its list of sessions is not what it was.
+
+        At once, and then at most every `CHANGES_INTERVAL_S`: with many of both, each telling all would be felt.
+        """
+        if tenant in self._told:
+            self._told[tenant] = True
+            return
+        self._told[tenant] = False
+        asyncio.get_running_loop().call_later(CHANGES_INTERVAL_S, self._tell_again, tenant)
+        notice = events.sessions_changed()
         for member in self._members:
             if member.tenant == tenant:
-                member.notify(events.sessions_changed())
+                member.notify(notice)
+
+    def _tell_again(self, tenant: str) -> None:
+        """It is a while since the tenant was told; there may be news since."""
+        if self._told.pop(tenant):
+            self.sessions_changed(tenant)
 
     def begin_drain(self, time_left_s: float) -> None:
         """Take no new connection, and ask those that are here to leave."""
-        self._draining = True
-        notice = events.goaway(
+        self._farewell = events.goaway(
             reason="shutdown", time_left_ms=int(time_left_s * 1000), reconnect_after_ms=RECONNECT_AFTER_MS
         )
         for member in self._members:
-            member.notify(notice)
+            member.notify(self._farewell)
 
     async def close_all(self, code: int, reason: str, timeout_s: float) -> None:
         """Close every connection and wait for their ends, at most `timeout_s`."""

@@ -10,11 +10,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from chatserve.errors import StartupError
+from chatserve.server.http_transport import HttpTransport
 from chatserve.server.transport import Transport
 from chatserve.settings import ServeSettings
 
 BACKLOG = 512
 HTTP_GRACE_S = 2
+MAX_HTTP_CONNECTIONS = 1024  # besides the WebSockets, and requests at work
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -63,12 +65,14 @@ def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
     """uvicorn as this application needs it."""
     return uvicorn.Config(
         app,
+        http=HttpTransport,
         ws=Transport,
         ws_max_size=settings.max_message_bytes,
         ws_per_message_deflate=False,  # deltas are small: compressing each costs more than it saves
         lifespan="off",
         log_config=None,
         access_log=False,
+        limit_concurrency=settings.max_connections + MAX_HTTP_CONNECTIONS,
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=HTTP_GRACE_S,

@@ -26,12 +26,14 @@ class Outbox:
         """The size of what has not been sent."""
         return self._unsent_bytes
 
-    async def put(self, message: Message) -> None:
-        """Queue a message once there is room for it."""
-        while self._messages and self._unsent_bytes + len(message) > self._max_bytes:
+    async def put(self, message: Message) -> bool:
+        """Queue a message once there is room for it; whether it had to wait for that."""
+        is_late = not self._has_room(message)
+        while not self._has_room(message):
             self._drained.clear()
             await self._drained.wait()
         self._append(message)
+        return is_late
 
     def put_notice(self, message: Message) -> None:
         """Queue a small message at once, past the bound, unless the same one is waiting already."""
@@ -56,6 +58,9 @@ class Outbox:
         while self._messages:
             self._drained.clear()
             await self._drained.wait()
+
+    def _has_room(self, message: Message) -> bool:
+        return not self._messages or self._unsent_bytes + len(message) <= self._max_bytes
 
     def _append(self, message: Message) -> None:
         self._messages.append(message)

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from chatserve.errors import ServiceError
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's word for it: nobody reads the answer, but logs of proxies know it
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +41,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         "retryable": False,
     }
     return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    """The client went away before its request was read whole; nobody reads this."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def on_fault(request: Request, error: Exception) -> Response:

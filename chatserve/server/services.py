@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 from chatserve.engine.api import Engine
 from chatserve.server.access import Access
-from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
+from chatserve.server.limits import Slots
+from chatserve.server.openai.completing import Completions
 from chatserve.sessions.manager import SessionManager
 from chatserve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from chatserve.server.metrics import Metrics
+
+MAX_IMPORTS = 8
+MAX_IMPORTS_OF_ONE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +43,4 @@ class Services:
     ping_store: Callable[[], Awaitable[None]]
     metrics: Metrics
     timeouts: Timeouts = field(default_factory=Timeouts)
+    imports: Slots = field(default_factory=lambda: Slots(MAX_IMPORTS, MAX_IMPORTS_OF_ONE))

@@ -6,7 +6,7 @@ Nothing is written here; the result is one change that the session commits befor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from chatserve.protocol import events
 from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, TokenIdsPart
 from chatserve.sessions.ids import new_id
 from chatserve.sessions.plan import TurnPlan, output_room, turn_params
+from chatserve.sessions.portable import SessionImport
 from chatserve.sessions.session import Change, Draft, LiveSession
 from chatserve.sessions.tree import parent_of_turn, path_to, prompt_path
 from chatserve.sessions.turn import TurnTools
@@ -44,14 +45,21 @@ class PreparedTurn:
     accepted: Accepted
 
 
-def body_hash(command: ResponseCreate | SessionCreate | SessionFork) -> str:
+def body_hash(
+    command: ResponseCreate | SessionCreate | SessionFork | SessionImport, request: Mapping[str, Any] | None = None
+) -> str:
     """A hash of what a command says, apart from its id and key: a repeated key must come with the same."""
     said = {entry.name: getattr(command, entry.name) for entry in fields(command) if entry.name not in ("id", "key")}
-    return hashlib.sha256(to_json(said)).hexdigest()
+    return hashlib.sha256(to_json(said if request is None else {**said, "request": request})).hexdigest()
 
 
-async def prepare_turn(live: LiveSession, command: ResponseCreate, tools: TurnTools) -> PreparedTurn:
-    """Everything about the turn, decided. Raises BadRequest or NotFound where it cannot be."""
+async def prepare_turn(
+    live: LiveSession, command: ResponseCreate, tools: TurnTools, request: dict[str, Any] | None = None
+) -> PreparedTurn:
+    """Everything about the turn, decided; `request` is kept with the reply.
+
+    Raises BadRequest or NotFound where it cannot be.
+    """
     model = tools.engine.info.model
     said = _said(command, tools.engine.info.vocab_size)
     parent = parent_of_turn(live.messages, live.meta.head_id, command.parent_id, has_input=said is not None)
@@ -61,7 +69,7 @@ async def prepare_turn(live: LiveSession, command: ResponseCreate, tools: TurnTo
     speaker = user or parent
     assert speaker is not None
     plan = _plan(live, command, tools, prompt, speaker, num_new=1 if user is None else 2)
-    return _prepared(live, command, plan, prompt, user)
+    return _prepared(live, command, plan, prompt, user, request)
 
 
 def _said(command: ResponseCreate, vocab_size: int) -> str | Sequence[int] | None:
@@ -132,7 +140,12 @@ def _miss_reason(live: LiveSession, prompt: Prompt) -> str | None:
 
 
 def _prepared(
-    live: LiveSession, command: ResponseCreate, plan: TurnPlan, prompt: Prompt, user: MessageRecord | None
+    live: LiveSession,
+    command: ResponseCreate,
+    plan: TurnPlan,
+    prompt: Prompt,
+    user: MessageRecord | None,
+    request: dict[str, Any] | None,
 ) -> PreparedTurn:
     response = events.response_object(
         response_id=plan.response_id,
@@ -150,6 +163,7 @@ def _prepared(
         state="in_progress",
         created_at=plan.created_at,
         response=response,
+        request=request,
     )
     accepted = Accepted(user.id if user else None, plan.response_id, plan.seq, duplicate=False)
     messages = [user, reply] if user else [reply]
@@ -160,7 +174,7 @@ def _prepared(
         "updated_at": plan.created_at,
     }
     result = {"message_id": accepted.message_id, "response_id": plan.response_id, "head_seq": plan.seq}
-    key = IdempotencyKey(live.id, command.key, body_hash(command), result)
+    key = IdempotencyKey(live.id, command.key, body_hash(command, request), result)
     created = [Draft(events.message_created(_message_object(user)))] if user else []
     change = Change([*created, Draft(events.response_created(response))], messages, meta, key)
     return PreparedTurn(plan, prompt.token_ids, change, accepted)

@@ -15,8 +15,8 @@ from chatserve.storage.session_store import LogEntry, StorageUnavailable
 
 async def follow_session(
     live: LiveSession, store: Store, after_seq: int, limits: SessionLimits
-) -> AsyncGenerator[LogEntry, None]:
-    """Every event after `after_seq` in order, then those to come, until the session is deleted.
+) -> AsyncGenerator[list[LogEntry], None]:
+    """Every event after `after_seq` in order, then those to come, until the session is deleted: all there are at once.
 
     Notices come between them with seq 0. Raises Unavailable (`server_interrupted`) where the cursor has fallen out of
     the log: attach again.
@@ -29,14 +29,12 @@ async def follow_session(
             entries = await _read(live.id, tail, store, seq, limits)
             if not entries and tail.ended:
                 return
-        for entry in entries:
-            if entry.seq != seq + 1:
-                raise _fallen_out(live.id, seq)
-            seq = entry.seq
-            yield entry
+        if entries and (entries[0].seq, entries[-1].seq) != (seq + 1, seq + len(entries)):
+            raise _fallen_out(live.id, seq)
         notices, num_notices = tail.notices_after(num_notices), tail.num_notices
-        for notice in notices:
-            yield notice
+        if entries or notices:
+            seq += len(entries)
+            yield [*entries, *notices]
         if tail.failure is not None:
             raise tail.failure
         if tail.ended and seq >= tail.head_seq:

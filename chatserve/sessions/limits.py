@@ -11,7 +11,9 @@ class SessionLimits:
 
     The sampling fields stand in where neither the command nor the session gives a value; `temperature` 0 is greedy.
     A delta is sent `delta_interval_s` after the one before it, or sooner with `delta_tokens` tokens waiting. While the
-    store is away a turn holds back `turn_buffer_bytes` of text for `turn_buffer_s`, then it ends.
+    store is away a turn holds back `turn_buffer_bytes` of text for `turn_buffer_s`, then it ends. Conversations
+    that are sent whole are looked for among `max_histories` replies, at first those of a tenant's newest
+    `histories_read` sessions.
     """
 
     temperature: float = 0.0
@@ -31,9 +33,12 @@ class SessionLimits:
     max_idle_sessions: int = 256
     tail_entries: int = 512
     tail_bytes: int = 1 << 18
-    read_entries: int = 256
+    read_entries: int = 64
     max_resume_events: int = 4096
     max_recoveries: int = 16
+    max_compared_sessions: int = 64
+    max_histories: int = 1 << 15
+    histories_read: int = 32
 
     resume_ttl_s: float = 600.0
     trim_interval_s: float = 15.0

@@ -1,4 +1,4 @@
-"""New sessions: empty ones, and forks that begin as another session does."""
+"""New sessions: empty ones, and forks that begin as another session does; and what an update makes of one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import copy
 import dataclasses
 import datetime
 from collections.abc import Sequence
+from typing import Any
 
 from chatserve.errors import Conflict
-from chatserve.protocol.commands import SessionCreate, SessionFork, given_params
+from chatserve.protocol.commands import SessionCreate, SessionFork, SessionUpdate, given_params
 from chatserve.sessions.ids import new_epoch, new_id
 from chatserve.sessions.session import LiveSession
 from chatserve.sessions.tree import find_message, path_to
@@ -40,7 +41,7 @@ def forked_session(live: LiveSession, command: SessionFork, now_ms: int) -> tupl
     message = find_message(live.messages, command.at_message_id, "at_message_id")
     if message.state == "in_progress":
         raise Conflict("the reply is still being made: wait for its end, or fork at the message before it")
-    copies = _copies(path_to(live.messages, message), now_ms)
+    copies = copies_of(path_to(live.messages, message), now_ms)
     meta = dataclasses.replace(
         live.meta,
         id=new_id("sess", now_ms),
@@ -60,7 +61,7 @@ def forked_session(live: LiveSession, command: SessionFork, now_ms: int) -> tupl
     return meta, copies
 
 
-def _copies(path: Sequence[MessageRecord], now_ms: int) -> list[MessageRecord]:
+def copies_of(path: Sequence[MessageRecord], now_ms: int) -> list[MessageRecord]:
     """The messages under names of their own, each hanging on the copy of its parent."""
     new_ids = {message.id: new_id("msg", now_ms) for message in path}
     return [
@@ -81,3 +82,18 @@ def _renamed(message: MessageRecord, new_ids: dict[str, str]) -> dict[str, objec
         return None
     response = copy.deepcopy(message.response)
     return {**response, "message_id": new_ids[message.id], "parent_id": new_ids[message.parent_id]}
+
+
+def given_changes(live: LiveSession, command: SessionUpdate) -> dict[str, Any]:
+    """The fields of the session that the command gives. Raises NotFound for a `head_id` that there is not."""
+    if command.head_id is not None:
+        find_message(live.messages, command.head_id, "head_id")
+    given = {
+        "title": command.title,
+        "metadata": command.metadata,
+        "params": given_params(command.params) if command.params else None,
+        "head_id": command.head_id,
+        "archived": command.archived,
+        "pinned": command.pinned,
+    }
+    return {name: value for name, value in given.items() if value is not None}

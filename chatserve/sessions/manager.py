@@ -19,18 +19,20 @@ from chatserve.engine.api import Engine
 from chatserve.errors import Conflict, NotFound, Unavailable
 from chatserve.protocol import events
 from chatserve.protocol.codec import from_wire, to_wire
-from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, SessionUpdate, given_params
+from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, SessionUpdate
 from chatserve.sessions import views
 from chatserve.sessions.accept import Accepted, PreparedTurn, body_hash, prepare_turn
+from chatserve.sessions.conversations import Conversations
 from chatserve.sessions.following import follow_session
+from chatserve.sessions.forgetting import histories_to_forget
 from chatserve.sessions.keeper import TurnKeeper
 from chatserve.sessions.limits import SessionLimits
-from chatserve.sessions.making import forked_session, new_session
+from chatserve.sessions.making import forked_session, given_changes, new_session
+from chatserve.sessions.portable import Document, SessionImport, export_document, imported_session
 from chatserve.sessions.ports import Records, Store
-from chatserve.sessions.registry import SessionRegistry
+from chatserve.sessions.registry import SessionRegistry, draining
 from chatserve.sessions.session import Change, Draft, LiveSession
 from chatserve.sessions.tasks import TaskGroup
-from chatserve.sessions.tree import find_message
 from chatserve.sessions.trimming import LogTrimmer
 from chatserve.sessions.turn import Turn, TurnTools
 from chatserve.storage.session_store import (
@@ -44,7 +46,6 @@ from chatserve.storage.session_store import (
 from chatserve.text.pipeline import TextPipeline
 
 View = dict[str, Any]
-DRAIN_RETRY_MS = 1000
 WARM_INTERVAL_S = 5.0  # a person who types says so again and again
 
 
@@ -87,6 +88,7 @@ class SessionManager:
         self._tools = TurnTools(engine, text, store, limits, on_response)
         self._registry = SessionRegistry(store, limits, clock, self._loaded)
         self._keeper = TurnKeeper(self._tools, self._registry, self._tasks, self._finished)
+        self.conversations = Conversations(self._registry, self._tools, self._tasks, clock, self._write_new)
 
     @property
     def num_running(self) -> int:
@@ -106,6 +108,7 @@ class SessionManager:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new turns, let running ones end for `timeout_s`, leave the rest to be continued after a restart."""
+        self._registry.close()
         await self._keeper.drain(timeout_s)
 
     async def close(self) -> None:
@@ -120,9 +123,20 @@ class SessionManager:
 
     async def fork_session(self, tenant: str, command: SessionFork) -> tuple[View, bool]:
         """A session that begins like another up to a message, and whether this very command made it before."""
-        async with self._registry.use(command.session_id, tenant) as live, live.lock:
+        async with self._registry.view(command.session_id, tenant) as live, live.lock:
             meta, messages = forked_session(live, command, self._now_ms())
         return await self._tasks.carry_out(self._write_new(meta, command, messages), "fork-session")
+
+    async def export_session(self, tenant: str, session_id: str) -> View:
+        """The session as a document that `import_session` takes, here or elsewhere."""
+        async with self._registry.view(session_id, tenant) as live:
+            return export_document(live, self._engine.info)
+
+    async def import_session(self, tenant: str, command: SessionImport, document: Document) -> tuple[View, bool]:
+        """A new session with what a document says, and whether this very command made it before."""
+        info, decode = self._engine.info, self._tools.text.decode
+        meta, messages = await asyncio.to_thread(imported_session, tenant, document, info, decode, self._now_ms())
+        return await self._tasks.carry_out(self._write_new(meta, command, messages), "import-session")
 
     async def list_sessions(self, tenant: str, limit: int = 50, before: str | None = None) -> list[View]:
         """The tenant's sessions without messages, last updated first; `before` is the last id of the page before."""
@@ -130,7 +144,7 @@ class SessionManager:
 
     async def get_session(self, tenant: str, session_id: str) -> View:
         """A session with its messages, its running response and the context left."""
-        async with self._registry.use(session_id, tenant) as live:
+        async with self._registry.view(session_id, tenant) as live:
             return views.snapshot(live, self._engine.info.max_context)
 
     async def update_session(self, tenant: str, command: SessionUpdate) -> View:
@@ -141,9 +155,18 @@ class SessionManager:
         """Delete a session with all it holds; a running response is cancelled first."""
         await self._tasks.carry_out(self._delete(tenant, session_id), "delete-session")
 
-    async def create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
-        """Accept a turn: it is in the log before this returns, and runs whether or not anybody follows."""
-        return await self._tasks.carry_out(self._create_response(tenant, command), "create-response")
+    async def expire_session(self, tenant: str, session_id: str, before_ms: int) -> bool:
+        """Delete a session, unless it is in use or was since the time given; whether it was deleted."""
+        return await self._tasks.carry_out(self._delete(tenant, session_id, before_ms), "expire-session")
+
+    async def create_response(
+        self, tenant: str, command: ResponseCreate, request: dict[str, Any] | None = None
+    ) -> Accepted:
+        """Accept a turn: it is in the log before this returns, and runs whether or not anybody follows.
+
+        `request` is kept with the reply, for the surface that asked.
+        """
+        return await self._tasks.carry_out(self._create_response(tenant, command, request), "create-response")
 
     async def cancel_response(self, tenant: str, session_id: str, response_id: str) -> str:
         """End a response early; gives `cancelling`, or the status it has already. Harmless to repeat."""
@@ -170,12 +193,28 @@ class SessionManager:
             state = views.snapshot(live, self._engine.info.max_context)
             return Attached(live.id, live.meta.epoch, live.tail.head_seq, "snapshot", state, live.tail.head_seq)
 
-    async def follow(self, session_id: str, after_seq: int) -> AsyncGenerator[LogEntry, None]:
-        """Every event after `after_seq`, then those to come; see `follow_session`. Ends when the session is deleted."""
-        async with self._registry.use(session_id) as live:
-            with self._followed(live):
-                async for entry in follow_session(live, self._store, after_seq, self._limits):
+    async def follow(
+        self, session_id: str, after_seq: int, *, epoch: int | None = None
+    ) -> AsyncGenerator[LogEntry, None]:
+        """As `follow_batches`, one event at a time."""
+        async with aclosing(self.follow_batches(session_id, after_seq, epoch=epoch)) as batches:
+            async for batch in batches:
+                for entry in batch:
                     yield entry
+
+    async def follow_batches(
+        self, session_id: str, after_seq: int, *, epoch: int | None = None
+    ) -> AsyncGenerator[list[LogEntry], None]:
+        """Every event after `after_seq`, then those to come; see `follow_session`. Ends when the session is deleted.
+
+        `epoch` is the one that the cursor belongs to: raises Unavailable, attach again, where it is over.
+        """
+        async with self._registry.use(session_id) as live:
+            if epoch not in (None, live.meta.epoch):
+                raise Unavailable("the session's log was replaced; attach again", code="server_interrupted")
+            with self._followed(live):
+                async for batch in follow_session(live, self._store, after_seq, self._limits):
+                    yield batch
 
     async def resume(self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None, warm: bool) -> View:
         """What happened since the cursor, as events or a snapshot, and how much of the history is held ready.
@@ -184,7 +223,7 @@ class SessionManager:
         """
         if warm:
             await self.typing(tenant, session_id)
-        async with self._registry.use(session_id, tenant) as live:
+        async with self._registry.view(session_id, tenant) as live:
             answer = await self._replayed(live, epoch, after_seq) or self._state(live)
             active = views.active_response(live)
             cache = await self._cache(live)
@@ -194,7 +233,7 @@ class SessionManager:
 
     async def session_cache(self, tenant: str, session_id: str) -> View:
         """How much of a session's history is held ready, and where."""
-        async with self._registry.use(session_id, tenant) as live:
+        async with self._registry.view(session_id, tenant) as live:
             return await self._cache(live)
 
     async def _cache(self, live: LiveSession) -> View:
@@ -217,19 +256,19 @@ class SessionManager:
                     pass
 
     async def _write_new(
-        self, meta: SessionMeta, command: SessionCreate | SessionFork, messages: Sequence[MessageRecord]
+        self, meta: SessionMeta, command: SessionCreate | SessionFork | SessionImport, messages: Sequence[MessageRecord]
     ) -> tuple[View, bool]:
         key = IdempotencyKey(meta.tenant, command.key, body_hash(command), {"session_id": meta.id})
         created = events.stamp(events.session_created(views.session_fields(meta)), meta.id, 1, meta.created_at)
         duplicate = await self._store.create(meta, [LogEntry(1, to_wire(created))], key, messages=messages)
         if duplicate is None:
             return views.session_view(meta), False
-        async with self._registry.use(duplicate.result["session_id"], meta.tenant) as live:
+        async with self._registry.view(duplicate.result["session_id"], meta.tenant) as live:
             return views.session_view(live.meta), True
 
     async def _update(self, tenant: str, command: SessionUpdate) -> View:
         async with self._registry.use(command.session_id, tenant) as live, live.lock:
-            changes = _changes(live, command)
+            changes = given_changes(live, command)
             if changes:
                 changes["updated_at"] = self._now_ms()
                 fields = views.session_fields(dataclasses.replace(live.meta, **changes))
@@ -237,15 +276,20 @@ class SessionManager:
                 self._records.touch(live.id, pinned=live.meta.pinned, last_activity_s=self._clock())
             return views.session_view(live.meta)
 
-    async def _delete(self, tenant: str, session_id: str) -> None:
+    async def _delete(self, tenant: str, session_id: str, unused_since_ms: int | None = None) -> bool:
         async with self._registry.use(session_id, tenant) as live, live.lock:
+            is_used = live.num_followers or live.meta.active is not None
+            if unused_since_ms is not None and (is_used or live.meta.updated_at >= unused_since_ms):
+                return False
             await self._end_turn(live)
+            histories = await histories_to_forget(live, self._store, self._limits)
+            await self._engine.delete_session(session_id, tenant, histories)
             await self._store.delete(session_id, tenant)
             self._registry.drop(live, NotFound(f"there is no session {session_id!r}", param="session_id"))
-            self._engine.forget_session(session_id)
             last = events.stamp(events.session_deleted(), live.id, live.tail.head_seq + 1, self._now_ms())
             live.tail.publish([LogEntry(live.tail.head_seq + 1, to_wire(last))])
             live.tail.end()
+            return True
 
     async def _end_turn(self, live: LiveSession) -> None:
         """Cancel the running response and wait for its end; where that cannot be written now, leave it."""
@@ -259,27 +303,29 @@ class SessionManager:
             turn.abandon()
             await turn.wait_done()
 
-    async def _create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
+    async def _create_response(self, tenant: str, command: ResponseCreate, request: dict[str, Any] | None) -> Accepted:
         async with self._registry.use(command.session_id, tenant) as live, live.lock:
             await live.settle()  # first: a turn that is answered as a duplicate must show in the session
+            era = live.era
             # Without messages no command was accepted yet: a burst of new sessions need not ask.
             earlier = await self._store.find_key(live.id, command.key) if live.messages else None
             if earlier is not None:
-                return _accepted_before(earlier, command)
+                return _accepted_before(earlier, command, request)
             self._check_free(live)
-            prepared = await prepare_turn(live, command, self._tools)
+            prepared = await prepare_turn(live, command, self._tools, request)
             self._check_open()
+            prepared.change.era = era
             earlier = await self._accept(live, prepared)
             if earlier is not None:
-                return _accepted_before(earlier, command)
+                return _accepted_before(earlier, command, request)
             self._note_turn(live, prepared.plan.num_prompt)
             return prepared.accepted
 
     async def _accept(self, live: LiveSession, prepared: PreparedTurn) -> StoredKey | None:
         """Write the turn to the log and start it; the engine begins meanwhile, and stops where that fails."""
         turn = Turn(live, prepared.plan, prepared.prompt_ids, self._tools)
-        turn.run_ahead()
         try:
+            turn.run_ahead()  # raises where the tenant or the engine has no room: nothing is written then
             earlier = await self._commit(live, prepared.change)
             if earlier is None:
                 self._keeper.start(live, turn)
@@ -296,11 +342,7 @@ class SessionManager:
 
     def _check_open(self) -> None:
         if not self._keeper.is_open:
-            raise Unavailable(
-                "the server is shutting down; send this again in a moment",
-                code="server_draining",
-                retry_after_ms=DRAIN_RETRY_MS,
-            )
+            raise draining()
 
     async def _commit(self, live: LiveSession, change: Change) -> StoredKey | None:
         try:
@@ -331,12 +373,10 @@ class SessionManager:
 
     async def _events_between(self, live: LiveSession, after_seq: int, head_seq: int) -> list[View]:
         replayed: list[View] = []
-        async with aclosing(follow_session(live, self._store, after_seq, self._limits)) as entries:
+        async with aclosing(follow_session(live, self._store, after_seq, self._limits)) as batches:
             while len(replayed) < head_seq - after_seq:
-                entry = await anext(entries)
-                if entry.seq:
-                    replayed.append(from_wire(entry.wire))
-        return replayed
+                replayed += [from_wire(entry.wire) for entry in await anext(batches) if entry.seq]
+        return replayed[: head_seq - after_seq]
 
     def _state(self, live: LiveSession) -> View:
         state = views.snapshot(live, self._engine.info.max_context)
@@ -364,6 +404,7 @@ class SessionManager:
         )
 
     def _finished(self, live: LiveSession) -> None:
+        self.conversations.histories.note(live)
         live.last_reply_s = self._clock()
         self._records.touch(live.id, last_activity_s=live.last_reply_s, tokens=views.num_branch_tokens(live))
         self._trimmer.schedule(live.id, live.tail.head_seq)
@@ -385,23 +426,8 @@ class SessionManager:
         return int(self._clock() * 1000)
 
 
-def _changes(live: LiveSession, command: SessionUpdate) -> dict[str, Any]:
-    """The fields that the command gives."""
-    if command.head_id is not None:
-        find_message(live.messages, command.head_id, "head_id")
-    given = {
-        "title": command.title,
-        "metadata": command.metadata,
-        "params": given_params(command.params) if command.params else None,
-        "head_id": command.head_id,
-        "archived": command.archived,
-        "pinned": command.pinned,
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _accepted_before(earlier: StoredKey, command: ResponseCreate) -> Accepted:
-    if earlier.body_hash != body_hash(command):
+def _accepted_before(earlier: StoredKey, command: ResponseCreate, request: dict[str, Any] | None) -> Accepted:
+    if earlier.body_hash != body_hash(command, request):
         raise IdempotencyConflict(f"key {command.key!r} was used for another body; make a new key", param="key")
     return Accepted(**earlier.result, duplicate=True)
 

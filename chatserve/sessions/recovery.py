@@ -36,7 +36,7 @@ class LoggedProgress:
 async def load_messages(store: Store, meta: SessionMeta, limits: SessionLimits) -> dict[str, MessageRecord]:
     """The session's messages, the running response's with the text that is logged."""
     messages = await store.load_messages(meta.id)
-    if meta.active is not None:
+    if meta.active is not None and messages:
         plan = TurnPlan.from_map(meta.active)
         with suppress(CannotContinue):  # its beginning is gone: it ends as soon as it is taken up
             messages[plan.message_id].text = (await read_progress(store, meta.id, plan, limits)).text

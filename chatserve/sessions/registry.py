@@ -7,12 +7,14 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from chatserve.errors import NotFound, ServiceError
+from chatserve.errors import NotFound, ServiceError, Unavailable
 from chatserve.sessions.limits import SessionLimits
 from chatserve.sessions.ports import Store
 from chatserve.sessions.recovery import load_messages
 from chatserve.sessions.session import LiveSession
-from chatserve.storage.session_store import FenceLost
+from chatserve.storage.session_store import FenceLost, SessionMeta
+
+DRAIN_RETRY_MS = 1000
 
 
 class SessionRegistry:
@@ -32,12 +34,17 @@ class SessionRegistry:
         self._live: dict[str, LiveSession] = {}
         self._idle: OrderedDict[str, LiveSession] = OrderedDict()
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._is_closed = False
 
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(list(self._live.values()))
 
     def __len__(self) -> int:
         return len(self._live)
+
+    def close(self) -> None:
+        """Take no further session from whoever may write it: this process is about to end."""
+        self._is_closed = True
 
     def drop(self, live: LiveSession, reason: ServiceError) -> None:
         """Take a session out of use: it was deleted, or another server has it."""
@@ -61,17 +68,40 @@ class SessionRegistry:
 
     @asynccontextmanager
     async def use(self, session_id: str, tenant: str | None = None) -> AsyncIterator[LiveSession]:
-        """A session, kept in memory meanwhile. Raises NotFound for no such session of this tenant; None is any."""
+        """A session that this process may write, kept in memory meanwhile.
+
+        Raises NotFound for no such session of this tenant (None is any), Unavailable where it would have to be taken
+        over after `close`.
+        """
         while (live := self._live.get(session_id)) is None:
             await self._load(session_id)  # the loop: it may be gone again before this task's turn comes
-        if tenant is not None and live.meta.tenant != tenant:
-            raise NotFound(f"there is no session {session_id!r}", param="session_id")
+        _check_tenant(live.meta, tenant)
         with self.using(live):
             yield live
+
+    @asynccontextmanager
+    async def view(self, session_id: str, tenant: str) -> AsyncIterator[LiveSession]:
+        """As `use`, for reading only: a session that is not in memory is read, and whoever may write it still may."""
+        if session_id in self._live or session_id in self._loading:
+            async with self.use(session_id, tenant) as live:
+                yield live
+            return
+        meta = await self._store.load_meta(session_id)
+        if meta is None:
+            raise _no_session(session_id)
+        _check_tenant(meta, tenant)
+        messages = await load_messages(self._store, meta, self._limits)
+        if meta.num_messages and not messages:  # deleted between the two
+            raise _no_session(session_id)
+        live = LiveSession(self._store, meta, messages, self._limits, self._clock)
+        live.retire(FenceLost(f"session {session_id!r} was read only"))
+        yield live
 
     async def _load(self, session_id: str) -> None:
         """Load once, however many ask at the same time."""
         task = self._loading.get(session_id)
+        if task is None and self._is_closed:
+            raise draining()
         if task is None:
             task = self._loading[session_id] = asyncio.create_task(self._load_now(session_id))
             task.add_done_callback(lambda done: self._loaded(session_id, done))
@@ -95,3 +125,21 @@ class SessionRegistry:
             session_id, live = self._idle.popitem(last=False)
             del self._live[session_id]
             live.retire(FenceLost(f"session {session_id!r} left memory; send this again"))
+
+
+def _check_tenant(meta: SessionMeta, tenant: str | None) -> None:
+    if tenant is not None and meta.tenant != tenant:
+        raise _no_session(meta.id)
+
+
+def _no_session(session_id: str) -> NotFound:
+    return NotFound(f"there is no session {session_id!r}", param="session_id")
+
+
+def draining() -> Unavailable:
+    """The refusal of what a server on its way out begins no more."""
+    return Unavailable(
+        "the server is shutting down; send this again in a moment",
+        code="server_draining",
+        retry_after_ms=DRAIN_RETRY_MS,
+    )

@@ -54,7 +54,8 @@ class Draft:
 class Change:
     """One step of a session: events, whole messages, changed fields. It takes effect altogether or not at all.
 
-    `said` is text that the events add to the message `speaker`, for those who ask for the state meanwhile.
+    `said` is text that the events add to the message `speaker`, for those who ask for the state meanwhile. `era` is the
+    one of the session that the change was made for; None until it is first committed.
     """
 
     drafts: Sequence[Draft]
@@ -63,6 +64,7 @@ class Change:
     key: IdempotencyKey | None = None
     speaker: str | None = None
     said: str = ""
+    era: int | None = None
     entries: list[LogEntry] = field(default_factory=list)
     applied: bool = False
 
@@ -70,7 +72,8 @@ class Change:
 class LiveSession:
     """A session that this process holds the fence of. `lock` serialises commands; a running turn writes beside them.
 
-    `clock` gives seconds since 1970.
+    `era` counts how often the store turned out to have another log than was known: what was made for an earlier one is
+    not written. `clock` gives seconds since 1970.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class LiveSession:
         self.last_reply_s: float | None = None
         self.think_time_s = 0.0
         self.warmed_s = 0.0
+        self.era = 0
         self.tail = LogTail(meta.head_seq, max_entries=limits.tail_entries, max_bytes=limits.tail_bytes)
         self._store = store
         self._limits = limits
@@ -120,12 +124,15 @@ class LiveSession:
         Gives what the change's key stands for if it was used before. Raises what `SessionStore.append` raises; after
         StorageUnavailable or FenceLost the outcome is open until `settle`.
         """
+        change.era = self.era if change.era is None else change.era
         async with self._write_lock:
             if self._retired is not None:
                 raise self._retired
             await self._settle()
             if change.applied:
                 return None
+            if change.era != self.era:
+                raise FenceLost(f"the log of session {self.id!r} was replaced; send this again")
             change.entries = self._stamp(change.drafts)
             self._doubt = change
             duplicate = await self._append(change)
@@ -177,6 +184,7 @@ class LiveSession:
         """The store is not what it was known to be: it has the truth, and whoever followed must attach again."""
         self.messages = await load_messages(self._store, present, self._limits)
         self.meta = present
+        self.era += 1
         self.tail.end(Unavailable("the session's log was replaced; attach again", code="server_interrupted"))
         self.tail = LogTail(present.head_seq, max_entries=self._limits.tail_entries, max_bytes=self._limits.tail_bytes)
         if self.turn is not None:
@@ -196,5 +204,8 @@ class LiveSession:
         if change.speaker in self.messages and not change.messages:
             self.messages[change.speaker].text += change.said
         head_seq = change.entries[-1].seq if change.entries else self.tail.head_seq
-        self.meta = dataclasses.replace(self.meta, **change.meta, head_seq=head_seq)
+        if change.meta:
+            self.meta = dataclasses.replace(self.meta, **change.meta, head_seq=head_seq)
+        else:
+            self.meta.head_seq = head_seq  # for every delta: a copy of the whole would be felt
         self.tail.publish(change.entries)

@@ -10,12 +10,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from typing import cast
 
 from chatserve.engine.api import Engine, Finished, FinishReason, GenerationRequest, Progress, Resumed, Started, Tokens
 from chatserve.errors import Overloaded, ServiceError
+from chatserve.logs import bind
 from chatserve.protocol import events
 from chatserve.sessions.accounting import Account
 from chatserve.sessions.ending import Outcome, Said, failure, last_events, message_of, response_of
@@ -108,6 +109,7 @@ class Turn:
         return TurnWriter(self._live, self.plan, self._tools.limits, self._end_unstored)
 
     async def _run(self) -> None:
+        bind(session_id=self._live.id, response_id=self.response_id)
         try:
             outcome = await self._outcome()
             await self._finish(outcome)
@@ -246,10 +248,11 @@ class Turn:
 
     async def _write_end(self, outcome: Outcome, said: Said) -> None:
         response = response_of(self.plan, outcome, said, self._account)
-        message = message_of(self.plan, outcome, said, response)
+        request = self._live.messages[self.plan.message_id].request
+        message = replace(message_of(self.plan, outcome, said, response), request=request)
         meta = {"active": None, "updated_at": self._live.now_ms()}
         await self._writer.finish(last_events(response, outcome), message, meta)
-        _log_line(self._live.id, response)
+        _log_line(response)
         self._tools.on_response(response)
 
     def _end_unstored(self, error: StorageUnavailable) -> None:
@@ -314,14 +317,12 @@ class Turn:
         return path_to(self._live.messages, self._live.messages[self.plan.parent_id])
 
 
-def _log_line(session_id: str, response: events.Event) -> None:
+def _log_line(response: events.Event) -> None:
     usage, timings = response["usage"], response["timings"]
     logger.info(
         "response %s",
         response["status"],
         extra={
-            "session_id": session_id,
-            "response_id": response["id"],
             "input_tokens": usage["input_tokens"],
             "cached_tokens": usage["input_tokens_details"]["cached_tokens"],
             "output_tokens": usage["output_tokens"],

@@ -35,6 +35,7 @@ class TurnWriter:
     ) -> None:
         self.num_sent = 0
         self._live = live
+        self._era = live.era
         self._response_id = plan.response_id
         self._message_id = plan.message_id
         self._limits = limits
@@ -113,6 +114,7 @@ class TurnWriter:
         final = self._final
         change = final or Change([], speaker=self._message_id, said=self._said)
         change.drafts = [*self._drafts, *change.drafts]
+        change.era = self._era
         self._drafts, self._said, self._num_waiting_bytes = [], "", 0
         self._filled.clear()
         self._urgent.clear()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from chatserve.errors import StartupError
 
+FORMAT = 1
+
 
 class FileLock:
     """An exclusive lock on a file, made with mode 0600. A child process that inherits `fileno` holds it too."""
@@ -65,14 +67,21 @@ class FileLock:
 
 
 class DataDirectory:
-    """A directory of mode 0700 that one server holds from `open` to `close`."""
+    """A directory of mode 0700 that one server holds from `open` to `close`.
+
+    The file `format` says how its contents are to be read, so that an older server does not misread a newer one's.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / "lock")
+        self._format = path / "format"
 
     def open(self) -> None:
-        """Make the directory if it is not there and lock it. Raises `StartupError` with the reason."""
+        """Make the directory if it is not there, lock it, and see that it is ours to read.
+
+        Raises `StartupError` with the reason.
+        """
         try:
             make_private(self.path)
             held = self._lock.acquire()
@@ -84,10 +93,37 @@ class DataDirectory:
                 "stop that one or choose another data directory"
             )
         self._lock.write_owner(os.getpid())
+        try:
+            self._check_format()
+        except (StartupError, OSError):
+            self.close()
+            raise
+
+    def _check_format(self) -> None:
+        """Note the format where there is none yet; raise `StartupError` for one that this version does not know."""
+        if not self._format.exists():
+            write_durably(self._format, f"{FORMAT}\n")
+            return
+        noted = self._format.read_text(errors="replace").strip()
+        if not noted.isdecimal() or int(noted) > FORMAT:
+            raise StartupError(
+                f"the data directory {self.path} has format {noted[:20]!r}, and this version knows formats up to "
+                f"{FORMAT}: it was written by a newer chatserve; use that one, or choose another data directory"
+            )
 
     def close(self) -> None:
         """Give the directory up."""
         self._lock.release()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that after a crash it has all of the text or is not there."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def make_private(path: Path) -> None:

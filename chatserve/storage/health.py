@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
@@ -68,7 +69,7 @@ class Health:
         if self.available:
             logger.warning("Redis is away: %s", self._reason)
             self._back.clear()
-            self._probing = asyncio.create_task(self._probe_until_back())
+            self._probing = asyncio.create_task(self._probe_until_back(), context=Context())  # nobody's in particular
         return self.unavailable()
 
     async def close(self) -> None:

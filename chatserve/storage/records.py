@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from typing import Any, TypedDict, Unpack, cast
 
 from redis import Redis as BlockingRedis
@@ -58,7 +59,7 @@ class RedisSessionRecords:
         """
         self._merge(session_id, changes)
         if self._flushing is None and not self._closed:
-            self._flushing = asyncio.get_running_loop().create_task(self._flush())
+            self._flushing = asyncio.get_running_loop().create_task(self._flush(), context=Context())
 
     async def close(self) -> None:
         """Send what is waiting if Redis is there, then stop: what is touched later is not written."""

@@ -30,6 +30,11 @@ def tenant_key(tenant: str) -> bytes:
     return f"tenant:{{{tenant}}}:sessions".encode()
 
 
+def tenant_of_key(key: bytes) -> str:
+    """The tenant whose list a key of `tenant_key` is."""
+    return key.decode().removeprefix("tenant:{").removesuffix("}:sessions")
+
+
 @dataclass(frozen=True, slots=True)
 class Script:
     """A Lua script and the hash that Redis knows it by once loaded."""
@@ -77,6 +82,11 @@ local function used_key()
   return stored and {'duplicate', stored}
 end
 
+local function over_quota()
+  local is_full = new.max_sessions and redis.call('ZCARD', new.list) >= tonumber(new.max_sessions)
+  return is_full and {'full', new.max_sessions}
+end
+
 local function keep_key()
   local now = tonumber(redis.call('TIME')[1])
   for _, old in ipairs(redis.call('ZRANGEBYSCORE', keytimes, '-inf', now, 'LIMIT', 0, 64)) do
@@ -106,7 +116,7 @@ local function write()
   if keys then keep_key() end
 end
 
-local answer = refusal() or used_key()
+local answer = refusal() or used_key() or over_quota()
 if answer then return answer end
 write()
 return {'written'}

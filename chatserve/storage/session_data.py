@@ -29,7 +29,7 @@ class MessageRecord:
     """One message of the tree. `token_ids` is what it added to its path: a history is the concatenation over ancestors.
 
     `pending_text` holds the characters kept that no token covers; `response` is an assistant message's response object.
-    `created_at` in milliseconds.
+    `created_at` in milliseconds. `request` is what the surface that asked for a reply wants to find with it again.
     """
 
     id: str
@@ -41,6 +41,7 @@ class MessageRecord:
     created_at: int
     pending_text: str = ""
     response: dict[str, Any] | None = None
+    request: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)

@@ -11,14 +11,16 @@ that was acknowledged, only when the log is behind it. So no reader mistakes rew
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import msgpack
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
-from chatserve.errors import BadRequest, Conflict, NotFound, Unavailable
+from chatserve.errors import BadRequest, Conflict, NotFound, QuotaReached, Unavailable
 from chatserve.storage.health import Health, StorageUnavailable, is_away
 from chatserve.storage.scripts import (
     ACTIVE_SESSIONS,
@@ -31,6 +33,7 @@ from chatserve.storage.scripts import (
     scope_keys,
     session_key,
     tenant_key,
+    tenant_of_key,
 )
 from chatserve.storage.session_data import (
     IdempotencyKey,
@@ -59,9 +62,11 @@ __all__ = [
     "SessionMeta",
     "SessionStore",
     "StorageUnavailable",
+    "StoreWatch",
     "StoredKey",
 ]
 
+_SCANNED_KEYS = 1000
 _NO_CHANGES: Final[Mapping[str, Any]] = {}
 
 
@@ -80,16 +85,39 @@ class IdempotencyConflict(Conflict):
     default_code = "idempotency_conflict"
 
 
+def _unwatched(*_: float) -> None:
+    """Nobody counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreWatch:
+    """Who counts what a store does: each append with its seconds, each command whose key had been used before."""
+
+    on_append: Callable[[float], None] = _unwatched
+    on_duplicate: Callable[[], None] = _unwatched
+
+
 class SessionStore:
     """Sessions in Redis, for the instance `instance_id`. `durable`: Redis keeps all that it acknowledged.
 
+    `max_sessions` gives how many sessions a tenant may have; None is no limit. `watch` is told of every write.
     Any method raises `StorageUnavailable` when Redis is away. Close it when done; it does not close the client.
     """
 
-    def __init__(self, redis: Redis, instance_id: str, *, durable: bool = False) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        instance_id: str,
+        *,
+        durable: bool = False,
+        max_sessions: Callable[[str], int | None] = lambda _: None,
+        watch: StoreWatch = StoreWatch(),
+    ) -> None:
         self._redis = redis
         self._instance_id = instance_id
         self._durable = durable
+        self._max_sessions = max_sessions
+        self._watch = watch
         self._health = Health(redis.ping)
         self._writer = CommitWriter(redis, COMMIT, self._health)
 
@@ -122,12 +150,16 @@ class SessionStore:
         """Write a new session, held by this instance, with its first events (seq from 1) and, for a fork, its messages.
 
         Gives what was stored under `key` if it was used before, and then writes nothing. Raises `IdempotencyConflict`
-        if that was for another body, `Conflict` if there is a session of this id.
+        if that was for another body, `Conflict` if there is a session of this id, `QuotaReached` if the tenant has as
+        many as it may have.
         """
         _check_contiguous(entries, first_seq=1)
         row = pack_meta(meta) | {"fence": self._instance_id.encode(), "head_seq": b"%d" % len(entries)}
         new = _commit(meta.id, entries, messages, row)
         new |= {"create": True, "updated_at": str(meta.updated_at)}
+        max_sessions = self._max_sessions(meta.tenant)
+        if max_sessions is not None:
+            new |= {"max_sessions": str(max_sessions), "list": tenant_key(meta.tenant).decode()}
         if meta.active is not None:
             new["active"] = "begin"
         return await self._commit(new, key)
@@ -176,7 +208,10 @@ class SessionStore:
     async def find_key(self, scope: str, key: str) -> StoredKey | None:
         """What was stored under an idempotency key, for 24 hours at least."""
         packed = await self._execute("HGET", scope_keys(scope)[0], key)
-        return None if packed is None else unpack_key(packed)
+        if packed is None:
+            return None
+        self._watch.on_duplicate()
+        return unpack_key(packed)
 
     async def load_meta(self, session_id: str) -> SessionMeta | None:
         """The session without its messages; None for no such session."""
@@ -214,6 +249,19 @@ class SessionStore:
         rows = await self._pipeline([("HGETALL", session_key(session_id.decode(), "meta")) for session_id in ids])
         return [unpack_meta(row) for row in rows if row]
 
+    async def sessions_before(self, time_ms: int, limit: int) -> list[tuple[str, str]]:
+        """At most `limit` sessions of any tenant that were last updated before the time, as (tenant, session id)."""
+        found: list[tuple[str, str]] = []
+        cursor: int | None = None
+        while cursor != 0 and len(found) < limit:
+            match = ("MATCH", tenant_key("*"), "COUNT", _SCANNED_KEYS, "TYPE", "zset")
+            next_cursor, lists = await self._execute("SCAN", cursor or 0, *match)
+            cursor = int(next_cursor)
+            for name in lists:
+                old = await self._execute("ZRANGEBYSCORE", name, "-inf", f"({time_ms}", "LIMIT", 0, limit - len(found))
+                found += [(tenant_of_key(name), session_id.decode()) for session_id in old]
+        return found
+
     async def active_sessions(self) -> list[str]:
         """The ids of all sessions with a running response, of every tenant."""
         return sorted(session_id.decode() for session_id in await self._execute("SMEMBERS", ACTIVE_SESSIONS))
@@ -231,8 +279,13 @@ class SessionStore:
             keys += scope_keys(key.scope)
             new |= {"key": key.key, "key_value": pack_key(key), "key_lifetime_s": KEY_LIFETIME_S}
         # Plain strings, not msgpack's binary type: the Lua side knows one kind of string only.
+        began_s = time.perf_counter()
         answer = await self._writer.run(keys, cast(bytes, msgpack.packb(new, use_bin_type=False)))
-        return _outcome(answer, session_id, key)
+        self._watch.on_append(time.perf_counter() - began_s)
+        earlier = _outcome(answer, session_id, key)
+        if earlier is not None:
+            self._watch.on_duplicate()
+        return earlier
 
     async def _rank(self, tenant: str, session_id: str) -> int:
         rank = await self._execute("ZREVRANK", tenant_key(tenant), session_id)
@@ -294,6 +347,7 @@ def _refused(status: str, detail: str, session_id: str) -> Exception:
     refusals: dict[str, Exception] = {
         "missing": _no_session(session_id),
         "exists": Conflict(f"there is a session {session_id!r} already; use another id", code="invalid_value"),
+        "full": QuotaReached(f"this key has {detail} sessions, the most it may; delete one first"),
         "fence": FenceLost(f"session {session_id!r} is held by another server ({detail}); connect again"),
         "head": FenceLost(f"session {session_id!r} stands at event {detail}, not where this append expects it"),
     }

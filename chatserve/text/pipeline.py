@@ -18,6 +18,7 @@ from chatserve.text.tokenizer import Encoder, Ids, Markup, Place, Plain, Segment
 from chatserve.text.vocabulary import Vocabulary
 
 LONG_TEXT_CHARS = 16_384  # some milliseconds of encoding: too long for the event loop
+MANY_MESSAGES = 16  # as long, at a third of a millisecond each
 RenderReason = Literal["template_changed", "model_changed"]
 
 
@@ -107,6 +108,55 @@ class TextPipeline:
             return await asyncio.to_thread(self._prompt, path, said, instructions, date)
         return self._prompt(path, said, instructions, date)
 
+    async def extended(
+        self, path: Sequence[PathMessage], said: Sequence[PathMessage], *, instructions: str | None, date: str
+    ) -> list[PathMessage]:
+        """`path` and behind it messages that were said elsewhere, of which only roles and texts are known.
+
+        User messages get the ids they would have got here; a reply's text goes into those of the message after it.
+        What is much is encoded in a thread.
+        """
+        if len(said) > MANY_MESSAGES or sum(len(message.text) for message in said) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self._extended, path, said, instructions, date)
+        return self._extended(path, said, instructions, date)
+
+    async def conversation(
+        self, said: Sequence[PathMessage], *, instructions: str | None, date: str
+    ) -> list[int] | None:
+        """The prompt for a conversation in any order of roles, or None where the chat template does not take it."""
+        messages = [replace(message, token_ids=(), pending_text=message.text) for message in said]
+        return await asyncio.to_thread(self._conversation, messages, instructions, date)
+
+    def _conversation(self, path: Sequence[PathMessage], instructions: str | None, date: str) -> list[int] | None:
+        messages = list(_one_message_per_turn(self._with_instructions(path, instructions)))
+        segments = self._template.render_whole(messages, date)
+        return None if segments is None else self._encoder.encode(segments)
+
+    def _extended(
+        self, path: Sequence[PathMessage], said: Sequence[PathMessage], instructions: str | None, date: str
+    ) -> list[PathMessage]:
+        longer = list(path)
+        pieces = self._template.turn_pieces(date) if self._can_append(path, date) else None
+        last_ids = next((list(message.token_ids[-1:]) for message in reversed(longer) if message.token_ids), [])
+        for message in said:
+            added: list[int] = []
+            if message.role == "user" and pieces is not None:
+                added = self._added(longer, message.text, last_ids, instructions, date)
+                last_ids = added[-1:]
+            pending_text = ""
+            if message.role == "assistant":
+                pending_text = (pieces.before_reply if pieces else "") + message.text
+            longer.append(replace(message, token_ids=added, pending_text=pending_text))
+        return longer
+
+    def _added(
+        self, path: Sequence[PathMessage], said: str, history: Sequence[int], instructions: str | None, date: str
+    ) -> list[int]:
+        """What a user message adds behind `path`, whose ids end as `history` does."""
+        if path:
+            return self._encode_turn(said, history, path[-1].pending_text, date)
+        return self._render([PathMessage("user", said, ())], instructions, date)
+
     def _prompt(
         self, path: Sequence[PathMessage], said: str | Sequence[int] | None, instructions: str | None, date: str
     ) -> Prompt:
@@ -117,10 +167,8 @@ class TextPipeline:
             added = []
         elif not isinstance(said, str):
             added = list(said)
-        elif path:
-            added = self._encode_turn(said, history, path[-1].pending_text, date)
         else:
-            added = self._render([PathMessage("user", said, ())], instructions, date)
+            added = self._added(path, said, history, instructions, date)
         return Prompt(history + added, len(history), added)
 
     def _can_append(self, path: Sequence[PathMessage], date: str) -> bool:

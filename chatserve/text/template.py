@@ -50,11 +50,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class TurnPieces:
-    """Template text from a reply's last character to the next user message, and from there to the next reply."""
+    """Template text from a reply's last character to the next user message, and from there to the next reply.
+
+    `before_reply` is white space that a reply said elsewhere needs before it: models begin theirs with it.
+    """
 
     before_user: str
     user: Slot
     after_user: str
+    before_reply: str = ""
 
 
 class ChatTemplate:
@@ -79,10 +83,14 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[ChatMessage], date: str) -> list[Segment]:
         """The whole conversation, ready for the next reply. A message the template leaves out is left out."""
-        segments: list[Segment] = []
-        for part in self._parts([message.role for message in messages], date):
-            segments += [Markup(part)] if isinstance(part, str) else part.fill(messages[part.index].content)
-        return segments
+        return _filled(self._parts([message.role for message in messages], date), messages)
+
+    def render_whole(self, messages: Sequence[ChatMessage], date: str) -> list[Segment] | None:
+        """The same, or None where the template refuses these roles or leaves a message out."""
+        parts = self._try_parts([message.role for message in messages], date)
+        if [part.index for part in parts if isinstance(part, Slot)] != list(range(len(messages))):
+            return None
+        return _filled(parts, messages)
 
     def _parts(self, roles: Sequence[str], date: str) -> list[str | Slot]:
         """A conversation of these roles: template text, a slot, template text, and so on."""
@@ -108,8 +116,9 @@ class ChatTemplate:
 
     def _probe_pieces(self, date: str) -> TurnPieces | None:
         match self._try_parts(["user", "assistant", "user"], date):
-            case [str(), Slot(index=0), str(), Slot(index=1), str(before), Slot(index=2) as user, str(after)]:
-                return TurnPieces(before, user, after)
+            case [str(), Slot(index=0), str(answer), Slot(index=1), str(before), Slot(index=2) as user, str(after)]:
+                space = answer.removeprefix(after)
+                return TurnPieces(before, user, after, space if space.isspace() else "")
         return None
 
     def _try_parts(self, roles: Sequence[str], date: str = _ANY_DATE) -> list[str | Slot]:
@@ -141,6 +150,13 @@ def _template_source(tokenizer: Tokenizer) -> str:
         raise StartupError(
             "the model has no chat template; serve a chat model, or put chat_template.jinja into its directory"
         ) from error
+
+
+def _filled(parts: Sequence[str | Slot], messages: Sequence[ChatMessage]) -> list[Segment]:
+    segments: list[Segment] = []
+    for part in parts:
+        segments += [Markup(part)] if isinstance(part, str) else part.fill(messages[part.index].content)
+    return segments
 
 
 def _mark(index: int) -> str:

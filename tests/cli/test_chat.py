@@ -13,7 +13,10 @@ import time
 
 import httpx
 import pytest
+from rich.console import Console
 
+from chatserve.cli.screen import Screen, describe_turn
+from chatserve.protocol.events import usage_object
 from tests.live import server_environment
 
 
@@ -36,10 +39,10 @@ def new_session(server, **fields):
 class Terminal:
     """A command on a terminal."""
 
-    def __init__(self, server, *arguments):
+    def __init__(self, server, *arguments, term="dumb"):
         self.master, slave = pty.openpty()
         command = [sys.executable, "-m", "chatserve", *arguments, f"--url={server.url}"]
-        environment = server_environment() | {"TERM": "dumb"}
+        environment = server_environment() | {"TERM": term, "COLUMNS": "100"}
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
         )
@@ -70,8 +73,8 @@ def terminal(live_server):
     """Starts commands on terminals of their own."""
     opened = []
 
-    def start(*arguments):
-        opened.append(Terminal(live_server, *arguments))
+    def start(*arguments, term="dumb"):
+        opened.append(Terminal(live_server, *arguments, term=term))
         return opened[-1]
 
     yield start
@@ -85,7 +88,7 @@ def test_piped_conversation(live_server):
     assert first.returncode == 0, first.stderr
     assert len(first.stdout.splitlines()) == 2
     assert "Mimbo" in first.stdout.splitlines()[1]
-    assert len(re.findall(r"\d+ of \d+ input tokens cached · first token \d+ ms", first.stderr)) == 2
+    assert len(re.findall(r"\d+ of \d+ input tokens cached(?: from device)? · first token \d+ ms", first.stderr)) == 2
     session_id = re.search(r"--session (\w+)", first.stderr)[1]
     second = run(live_server, "chat", f"--session={session_id}", text="What is my cat called?\n")
     assert "Mimbo" in second.stdout
@@ -131,6 +134,90 @@ def test_terminal(live_server, terminal):
     screen.type("/quit\n")
     screen.expect("Go on later with")
     assert screen.process.wait(10) == 0
+
+
+def test_fork_and_regenerate(live_server):
+    """A reply made again stands in its own branch; a fork begins with as many turns as wanted and goes its own way."""
+    lines = "My cat is called Mimbo.\n/regenerate\nWhat is my cat called?\n/fork 1\nWhat is my cat called?\n/fork 9\n"
+    done = run(live_server, "chat", text=lines)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    assert "Mimbo" in done.stdout.splitlines()[3]
+    assert "There are 2" in done.stderr
+    fork_id = re.search(r"--session (\w+)", done.stderr)[1]
+    fork = live_server.get(f"/v1/sessions/{fork_id}").json()
+    assert [message["role"] for message in fork["messages"]] == ["user", "assistant"] * 2
+    first_id = re.search(r"New session (\w+)", done.stderr)[1]
+    first = live_server.get(f"/v1/sessions/{first_id}").json()
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant", "assistant", "user", "assistant"]
+    assert first["messages"][1]["parent_id"] == first["messages"][2]["parent_id"]
+    assert first["messages"][3]["parent_id"] == first["messages"][2]["id"]
+
+
+def test_nothing_to_regenerate_or_fork(live_server):
+    """In an empty session both say so, and the conversation goes on."""
+    done = run(live_server, "chat", text="/regenerate\n/fork\n")
+    assert done.returncode == 0
+    assert "nothing to answer again" in done.stderr
+    assert "There are 0" in done.stderr
+
+
+def test_markdown_on_a_terminal(live_server, terminal):
+    """On a terminal that can, a reply is shown as the Markdown it is, while it comes and in the history."""
+    screen = terminal("chat", term="xterm-256color")
+    screen.expect("you> ")
+    screen.type("My cat is called Mimbo.\n")
+    screen.expect("Mimbo(.|\n)*input tokens cached(.|\n)*you> ")
+    screen.type("/fork\n")
+    screen.expect("assistant> (.|\n)*Mimbo(.|\n)*you> ")
+    screen.type("/quit\n")
+    screen.expect("Go on later with")
+    assert screen.process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("details", "expected"),
+    [
+        ({"device": 0, "host": 0, "disk": 0}, "0 of 90 input tokens cached · "),
+        ({"device": 40, "host": 0, "disk": 0}, "40 of 90 input tokens cached from device · "),
+        ({"device": 30, "host": 0, "disk": 20}, "50 of 90 input tokens cached from device and disk · "),
+    ],
+)
+def test_status_line_names_the_tiers(details, expected):
+    """The line under a reply says how many tokens were found, and where."""
+    cached = {name: count for name, count in details.items() if count}
+    usage = usage_object(input_tokens=90, output_tokens=3, cached_tokens=cached)
+    response = {"status": "completed", "usage": usage, "timings": {"ttft_ms": 5.0, "tokens_per_second": 100.0}}
+    assert describe_turn(response, None).startswith(expected)
+
+
+def test_screen_shows_markdown_without_what_moves_the_cursor(capsys):
+    """Headings and lists are set as such; control characters are gone, and a link's target is in sight."""
+    screen = Screen()
+    screen._out = Console(force_terminal=True, width=60, color_system=None, legacy_windows=False)
+    screen._shows_markdown = True
+    screen.message("assistant", "# Head\n\n- one\x1b[2J\n- [here](https://example.org/x)")
+    shown = capsys.readouterr().out
+    assert "\x1b[2J" not in shown
+    assert "#" not in shown
+    assert "• one" in shown
+    assert "https://example.org/x" in shown
+
+
+def test_screen_shows_the_end_of_a_reply_that_is_taller(capsys):
+    """While a long reply comes, its last lines are in sight; when it has ended, all of it was printed."""
+    screen = Screen()
+    screen._out = Console(force_terminal=True, width=40, height=6, color_system=None, legacy_windows=False)
+    screen._shows_markdown = True
+    for number in range(30):
+        screen.reply_part(f"- line {number}\n")
+    assert screen._live is not None
+    screen._live.refresh()
+    shown = capsys.readouterr().out
+    assert "line 29" in shown
+    screen.reply_end()
+    whole = capsys.readouterr().out
+    assert all(f"line {number}" in whole for number in range(30))
 
 
 def test_interrupt_stops_the_reply(live_server, terminal):

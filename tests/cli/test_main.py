@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from chatserve.cli import chat, main, serve, sessions
+from chatserve.cli import chat, config, healthcheck, main, serve, sessions
 from chatserve.cli.text import one_line, printable
 from chatserve.version import __version__
 from tests.live import server_environment
@@ -25,6 +25,9 @@ def run(*arguments, **options):
         (["chat", "--help"], "/sessions"),
         (["sessions", "--help"], "list"),
         (["sessions", "list", "--help"], "--json"),
+        (["sessions", "export", "--help"], "markdown"),
+        (["healthcheck", "--help"], "--timeout"),
+        (["config", "--help"], "config show"),
         (["--version"], f"chatserve {__version__}"),
     ],
 )
@@ -37,7 +40,19 @@ def test_help(arguments, expected, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["talk"], ["serve", "--prot=1"], ["serve", "--por=1"], ["sessions"], ["chat", "--verbose"]]
+    "arguments",
+    [
+        [],
+        ["talk"],
+        ["serve", "--prot=1"],
+        ["serve", "--por=1"],
+        ["sessions"],
+        ["sessions", "export", "x", "--format=html"],
+        ["chat", "--verbose"],
+        ["config"],
+        ["config", "set"],
+        ["config", "show", "--prot=1"],
+    ],
 )
 def test_bad_arguments(arguments, capsys):
     """What there is not is refused with status 2 and a usage line."""
@@ -53,21 +68,21 @@ def test_bad_setting(capsys):
     assert "port = 'abc'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["chat", "sessions list"])
+@pytest.mark.parametrize("command", ["chat", "sessions list", "sessions export x", "healthcheck"])
 def test_no_server(command, capsys):
     """Without a server, a line that names its address, and status 1."""
     assert main.main([*command.split(), "--url", "http://127.0.0.1:1"]) == 1
     assert "cannot connect to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["chat", "sessions list"])
+@pytest.mark.parametrize("command", ["chat", "sessions list", "healthcheck"])
 def test_bad_url(command, capsys):
     """An address that is none is refused with an example."""
     assert main.main([*command.split(), "--url", "ftp://somewhere"]) == 1
     assert "http://HOST:PORT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [main.__name__, serve.__name__, chat.__name__, sessions.__name__])
+@pytest.mark.parametrize("module", [module.__name__ for module in (main, serve, chat, sessions, healthcheck, config)])
 def test_commands_start_light(module):
     """Nothing that takes seconds to load is loaded for help, for chatting or for listing sessions."""
     heavy = ("torch", "transformers", "numpy", "redis", "starlette", "uvicorn")

@@ -2,9 +2,10 @@
 
 import pytest
 
+from chatserve.api_keys import TenantLimits, hash_key, parse_api_key
 from chatserve.cli import serve
 from chatserve.errors import StartupError
-from chatserve.settings import ServeSettings, is_loopback, load_settings, parse_api_key, parse_size
+from chatserve.settings import ServeSettings, is_loopback, load_settings, parse_duration, parse_size
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,61 @@ def test_bad_sizes(text):
         load_settings({"kv_device_memory": text})
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30d", 2_592_000), ("12h", 43_200), ("1.5m", 90), ("45s", 45), ("600", 600), (" 2 H ", 7200)]
+)
+def test_durations(text, seconds):
+    """Times read as people write them."""
+    assert parse_duration(text) == seconds
+
+
+def test_keys_file(tmp_path):
+    """A file has a key a line, itself or hashed, with limits of its own over those of the settings."""
+    file = tmp_path / "keys"
+    digest = hash_key("carols-key-3")
+    file.write_text(
+        f"# who may\n\nalice=alices-key turns=4 sessions=10\n  carol=sha256:{digest.hex()}  tokens_per_minute=500\n"
+    )
+    settings = load_settings({"api_keys": ("bob=bobs-key-2",), "api_keys_file": str(file), "key_max_turns": "2"})
+    limits = {key.tenant: key.limits for key in settings.keys}
+    assert limits == {
+        "bob": TenantLimits(None, 2, None),
+        "alice": TenantLimits(10, 4, None),
+        "carol": TenantLimits(None, 2, 500),
+    }
+    assert {key.digest for key in settings.keys} >= {digest, hash_key("alices-key")}
+    assert "alices-key" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        ("", "has no keys"),
+        ("alice=short", "line 1"),
+        ("a=secret-one\nb=secret-two turns=0", "line 2.*turns"),
+        ("a=secret-one speed=3", "tokens_per_minute"),
+        ("a=sha256:abc", "64 hexadecimal"),
+        ("a=secret-one\nb=secret-one", "given twice"),
+        ("bob=secret-two", "given twice"),
+    ],
+)
+def test_bad_keys_file(tmp_path, content, expected):
+    """A keys file at fault is named with its line, and never quoted."""
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(StartupError, match=expected) as caught:
+        load_settings({"api_keys": ("bob=bobs-key-2",), "api_keys_file": str(file)})
+    assert not any(secret in str(caught.value) for secret in ("secret-", "=short"))
+
+
+def test_keys_file_opens_the_server(tmp_path):
+    """A keys file counts as keys beyond this machine."""
+    (tmp_path / "keys").write_text("alice=alices-key")
+    assert load_settings({"host": "0.0.0.0", "api_keys_file": str(tmp_path / "keys")}).keys
+
+
 def test_engine_flags():
     """What the engine is to do comes from flags as people write them."""
     settings = from_flags("--device=cuda", "--dtype=bfloat16", "--load-format=dummy", "--max-step-tokens=4k")
@@ -86,7 +142,7 @@ def test_keys_from_everywhere(monkeypatch):
 
 def test_key_with_padding_has_no_name():
     """The `=` at the end of a base64 key is part of the key."""
-    assert parse_api_key("c2VjcmV0c2VjcmV0==").secret.get_secret_value() == "c2VjcmV0c2VjcmV0=="
+    assert parse_api_key("c2VjcmV0c2VjcmV0==").digest == hash_key("c2VjcmV0c2VjcmV0==")
     assert parse_api_key("me=c2VjcmV0c2VjcmV0==").tenant == "me"
 
 

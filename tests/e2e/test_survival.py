@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import signal
 import time
 
 import psutil
@@ -78,50 +76,6 @@ async def test_killed_engine_continues_the_same_text(start_server):
         assert text == end["response"]["text"] == reference
         assert end["type"] == "response.completed"
         assert "Zorvin" in (await reply_to(client, session_id, "My name is Zorvin."))["text"]
-
-
-@pytest.mark.parametrize("seed", range(2))
-async def test_killed_server_loses_nothing(start_server, seed):
-    """kill -9 of the whole server at a random instant of an answer: the message is there and the answer goes on."""
-    await _kill_and_resume(start_server, random.Random(seed))
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(100, 200))
-async def test_killed_server_loses_nothing_soak(start_server, seed):
-    """The same at a hundred instants."""
-    await _kill_and_resume(start_server, random.Random(seed))
-
-
-async def _kill_and_resume(start_server, generator):
-    server = start_server()
-    async with ChatClient(server.url) as client:
-        reference = (await reply_to(client, await new_session(client), LONG))["text"]
-        session_id = await new_session(client)
-        accepted = await client.send(session_id, LONG, temperature=0)
-        seen = await _read_until(client, generator.randrange(len(reference)))
-        server.stop(signal.SIGKILL)
-    server = start_server()
-    async with ChatClient(server.url) as client:
-        attached = await client.attach(session_id, after_seq=0)
-        assert attached["mode"] == "replay"
-        text, end, _ = await collect(client)
-    assert text.startswith(seen)
-    assert end["type"] == "response.completed"
-    assert end["response"]["id"] == accepted["response_id"]
-    assert text == end["response"]["text"] == reference
-
-
-async def _read_until(client, num_characters):
-    """Read deltas until so much text was seen; returns it."""
-    seen = ""
-    while len(seen) < num_characters:
-        event = await client.next_event()
-        if event["type"] == "response.output_text.delta":
-            seen += event["delta"]
-        if event["type"] in TERMINAL:
-            break
-    return seen
 
 
 def test_second_server_on_one_directory_is_refused(start_server, tmp_path):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 
+import httpx
 import pytest
 
 from chatserve.client import ChatClient
 from tests.e2e.talking import new_session, reply_to
+from tests.e2e.test_survival import start_redis
+from tests.live import LiveServer, free_port
 
 FACTS = [f"My friend number {number} is called Zorp{number}, and I like trees." for number in range(6)]
 
@@ -45,3 +50,65 @@ async def test_a_history_comes_back_from_disk_after_a_restart(start_server, grac
     assert "Zarnik" in reply["text"]
     assert reply["usage"]["cached_tokens_details"]["disk"] == cache["disk"]
     assert reply["cache"]["restored_from"] == "disk"
+
+
+async def test_a_flipped_byte_costs_time_only(start_server, tmp_path):
+    """A record that is not what was written is computed again: the answer is right, and the reason is told."""
+    first = start_server()
+    async with ChatClient(first.url) as client:
+        session_id = await converse(client)
+    assert first.stop() == 0
+    oldest = min((tmp_path / "data" / "kv").glob("*.seg"))
+    data = bytearray(oldest.read_bytes())
+    data[1000] ^= 1  # in the first page that was saved, the beginning of this history
+    oldest.write_bytes(data)
+    second = start_server()
+    async with ChatClient(second.url) as client:
+        await client.attach(session_id)
+        reply = await reply_to(client, session_id, "What is my dog called?")
+    assert "Zarnik" in reply["text"]
+    assert reply["cache"] == {"result": "miss", "restored_from": None, "reason": "checksum_failed"}
+
+
+def test_a_second_server_on_the_histories_is_refused(live_server, start_server):
+    """Two servers with one --kv-disk-path: the second ends with an error that names it, the first serves on."""
+    second = start_server(f"--kv-disk-path={live_server.data_dir / 'kv'}", wait=False)
+    assert second.process.wait(30) == 1
+    log = " ".join(second.log.read_text().split())
+    assert "--kv-disk-path" in log
+    assert "in use by the process" in log
+    assert live_server.get("/readyz").status_code == 200
+
+
+def fill_device(server: LiveServer, until_s: float) -> None:
+    """Prompts of others, which no session and no Redis knows, until everything else has left the device."""
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=30) as http:
+        for number in itertools.count():
+            prompt = [300 + (number * 31 + index * 7) % 900 for index in range(500)]
+            http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4}).raise_for_status()
+            if number > 8 and time.monotonic() > until_s:
+                return
+
+
+@pytest.mark.parametrize("away_s", [1.5, pytest.param(30.0, marks=pytest.mark.soak)])
+async def test_tiers_go_on_without_redis(start_server, tmp_path, away_s):
+    """While Redis is away histories go down and are evicted; with it back, a session's history comes back up."""
+    port = free_port()
+    redis = await start_redis(port, tmp_path)
+    server = start_server(f"--redis-url=redis://127.0.0.1:{port}/0", "--kv-device-memory=8M")
+    async with ChatClient(server.url) as client:
+        session_id = await converse(client)
+        redis.kill()
+        await redis.wait()
+        await asyncio.to_thread(fill_device, server, time.monotonic() + away_s)
+        redis = await start_redis(port, tmp_path)
+        async with asyncio.timeout(30):
+            while server.get("/readyz").status_code != 200:
+                await asyncio.sleep(0.1)
+        reply = await reply_to(client, session_id, "What is my dog called?")
+    assert "Zarnik" in reply["text"]
+    assert reply["cache"]["result"] == "hit"
+    assert reply["cache"]["restored_from"] in ("host", "disk")
+    server.stop()
+    redis.terminate()
+    await redis.wait()

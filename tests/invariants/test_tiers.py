@@ -110,7 +110,7 @@ def test_damaged_records_are_computed_again(expected, tmp_path, place):
     assert (first, tokens_of(events)) == expected
     _, _, cached, *_, reason = events[0]
     assert cached.get("disk", 0) < 400
-    assert reason == "read_failed"
+    assert reason == "checksum_failed"
     core.close(SAVE_S)
 
 
@@ -120,8 +120,10 @@ def test_histories_in_another_number_format_are_not_used(tmp_path):
     first, _ = reply(core, "s", PROMPT)
     core.close(SAVE_S)
     core = make_engine(tmp_path / "kv", dtype="bfloat16")
-    _, cached = reply(core, "s", [*PROMPT, *first, *NEXT])
+    submit(core, "again", "s", [*PROMPT, *first, *NEXT], num_history=len(PROMPT) + len(first))
+    _, _, cached, *_, reason = run_until_idle(core, check=False, max_steps=200_000)["again"][0]
     assert cached == {"device": 0}
+    assert reason == "model_changed"
     core.close(SAVE_S)
 
 

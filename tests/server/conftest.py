@@ -5,29 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from websockets.asyncio.client import ClientConnection, connect
 
 from chatserve.protocol.codec import Encoding, encode, from_wire
 from chatserve.server.access import Access
 from chatserve.server.app import create_app
-from chatserve.server.completing import Completions
 from chatserve.server.hub import Hub
 from chatserve.server.listener import ChatServer, bind, server_config
 from chatserve.server.metrics import Metrics
+from chatserve.server.openai.completing import Completions
 from chatserve.server.services import Services, Timeouts
 from chatserve.settings import ServeSettings, load_settings
-from chatserve.text.pipeline import TextPipeline
+from chatserve.storage.embedded import EmbeddedRedis
 from tests.server.fakes import FakeEngine, FakeSessions
-from tests.text.tokenizers import chatml
+from tests.server.real import TEXT, RealServer, end, real_server
 
-TOKENIZER = chatml()
-TEXT = TextPipeline(TOKENIZER, [TOKENIZER.eos_token_id])
 HELLO = {"type": "hello", "client": {"name": "test", "version": "1"}}
 
 
@@ -116,18 +116,8 @@ async def serving(settings: ServeSettings, timeouts: Timeouts, engine: Any) -> A
         await end(server, task)
 
 
-async def end(server: ChatServer, task: asyncio.Task[None]) -> None:
-    """End a server at once: uvicorn's own way takes 0.2 s, which over a hundred tests is most of their time."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    for listening in server.servers:
-        listening.close()
-    for connection in list(server.server_state.connections):
-        connection.transport.abort()
-    await asyncio.wait_for(asyncio.gather(*server.server_state.tasks, return_exceptions=True), 10)
-
-
 Serve = Callable[..., Any]
+StartReal = Callable[..., AbstractAsyncContextManager[RealServer]]
 
 
 @pytest.fixture
@@ -147,3 +137,18 @@ async def served(serve: Serve) -> Served:
     """A server with default settings and no keys."""
     started: Served = await serve()
     return started
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def embedded_redis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedRedis]:
+    """A running Redis, shared."""
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis") / "data")
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+def real(embedded_redis: EmbeddedRedis) -> StartReal:
+    """Servers over real sessions: `async with real(api_keys=KEYS) as server:`."""
+    return partial(real_server, embedded_redis.socket_path)

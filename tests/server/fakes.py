@@ -134,15 +134,22 @@ class FakeSessions:
             return Attached(session_id, 1, head_seq, "snapshot", {**view, "messages": []}, head_seq)
         return Attached(session_id, 1, head_seq, "replay", None, after_seq)
 
-    async def follow(self, session_id: str, after_seq: int) -> AsyncIterator[Entry]:
+    async def follow_batches(
+        self, session_id: str, after_seq: int, *, epoch: int | None = None
+    ) -> AsyncIterator[list[Entry]]:
         log = self.logs[session_id]
         while session_id in self.views:
             async with self._grown:
                 while len(log) <= after_seq:
                     await self._grown.wait()
-            for entry in log[after_seq:]:
+            batch = log[after_seq : after_seq + 256]  # as many as the real one reads at once
+            after_seq += len(batch)
+            yield batch
+
+    async def follow(self, session_id: str, after_seq: int, *, epoch: int | None = None) -> AsyncIterator[Entry]:
+        async for batch in self.follow_batches(session_id, after_seq):
+            for entry in batch:
                 yield entry
-            after_seq = len(log)
 
     async def create_response(self, tenant: str, command: ResponseCreate) -> Accepted:
         """Answer with the input, a word a delta; "wait" is answered with a reply that goes on until it is cancelled."""

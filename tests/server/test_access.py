@@ -2,9 +2,9 @@
 
 import pytest
 
+from chatserve.api_keys import parse_api_key
 from chatserve.errors import Forbidden, Unauthorized
 from chatserve.server.access import Access, bearer_key
-from chatserve.settings import parse_api_key
 
 KEYS = [parse_api_key("alice=alices-key"), parse_api_key("just-a-key")]
 

@@ -104,18 +104,41 @@ async def test_unanswered_command_is_sent_again(served, monkeypatch):
     assert (len(keys), len(set(keys)), list(served.sessions.views)) == (2, 1, [session["id"]])
 
 
+async def test_delete_that_was_carried_out_before_is_done(served, monkeypatch):
+    """A delete whose answer was lost finds no session when it is sent again, and that is what was wanted."""
+    delete = served.sessions.delete_session
+
+    async def lose_the_answer(tenant, session_id):
+        await delete(tenant, session_id)
+        await asyncio.Event().wait()
+
+    async with ChatClient(served.url) as client:
+        session_id = (await client.create_session())["id"]
+        monkeypatch.setattr(served.sessions, "delete_session", lose_the_answer)
+        deleting = asyncio.create_task(client.delete_session(session_id))
+        async with asyncio.timeout(5):
+            while session_id in served.sessions.views:
+                await asyncio.sleep(0.01)
+        monkeypatch.setattr(served.sessions, "delete_session", delete)
+        await break_connections(served)
+        await asyncio.wait_for(deleting, 5)
+        with pytest.raises(CommandFailedError, match="session_not_found"):
+            await client.delete_session(session_id)
+
+
 async def test_gap_is_filled(served, monkeypatch):
     """An event that goes missing makes the client attach again at its cursor; nothing is applied out of order."""
-    follow, dropped = served.sessions.follow, []
+    follow, dropped = served.sessions.follow_batches, []
 
-    async def with_a_hole(session_id, after_seq):
-        async for entry in follow(session_id, after_seq):
-            if entry.seq == 3 and not dropped:
-                dropped.append(entry.seq)
-            else:
-                yield entry
+    async def with_a_hole(session_id, after_seq, *, epoch):
+        async for batch in follow(session_id, after_seq, epoch=epoch):
+            for entry in batch:
+                if entry.seq == 3 and not dropped:
+                    dropped.append(entry.seq)
+                else:
+                    yield [entry]
 
-    monkeypatch.setattr(served.sessions, "follow", with_a_hole)
+    monkeypatch.setattr(served.sessions, "follow_batches", with_a_hole)
     async with ChatClient(served.url) as client:
         session_id = (await client.create_session())["id"]
         await client.attach(session_id, after_seq=0)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 from chatserve.engine.api import Tokens
 from chatserve.errors import Overloaded, Unavailable
-from chatserve.server.completing import Completions
-from chatserve.server.completion_body import read_body
-from tests.server.conftest import TEXT, TOKENIZER
+from chatserve.server.openai.completing import Completions
+from chatserve.server.openai.completion_body import read_body
+from tests.server.real import TEXT, TOKENIZER
 from tests.sessions.fakes import FakeEngine
 
 EOS = TOKENIZER.eos_token_id
@@ -196,7 +197,7 @@ async def test_harmless_fields(serve):
 
 def test_defaults():
     """Without further words: 16 tokens at temperature 1, a seed of its own, no stream."""
-    first, second = [read_body({"prompt": "x"}, model="m", vocab_size=9) for _ in range(2)]
+    first, second = [read_body({"prompt": "x"}, model="m", vocab_size=9)[1] for _ in range(2)]
     assert (first.max_tokens, first.sampling.temperature, first.sampling.top_p, first.stream) == (16, 1.0, 1.0, False)
     assert first.sampling.seed != second.sampling.seed
 
@@ -270,11 +271,50 @@ async def test_drain_waits():
     """Draining returns when the last completion has ended by itself."""
     engine = FakeEngine(spelling("Zorp"), pace_s=0.01)
     completions = Completions(engine, TEXT)
-    completion = await completions.prepare("local", read_body(body(), model="fake", vocab_size=512))
+    completion = await completions.prepare_raw("local", "cmpl-1", *read_body(body(), model="fake", vocab_size=512))
     reading = asyncio.create_task(collect(completions.run(completion)))
     await until(lambda: engine.held)
     await completions.drain(5)
     assert "".join(piece.text for piece in await reading) == "Zorp"
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_read", "status", "num_tokens"),
+    [({}, 99, "completed", 5), ({"max_tokens": 2}, 99, "incomplete", 2), ({}, 3, "cancelled", 3)],
+)
+async def test_end_is_told(fields, num_read, status, num_tokens):
+    """Each completion that began is counted once, with what it cost, however it ended."""
+    told: list[Any] = []
+    engine = FakeEngine(spelling("Zorp", end=True))
+    completions = Completions(engine, TEXT, told.append)
+    prompt, wanted = read_body(body(**fields), model="fake", vocab_size=512)
+    completion = await completions.prepare_raw("local", "cmpl-1", prompt, wanted)
+    async with aclosing(completions.run(completion)) as pieces:
+        async for _ in pieces:
+            num_read -= 1
+            if not num_read:
+                break
+    (response,) = told
+    assert (response["status"], response["usage"]["output_tokens"]) == (status, num_tokens)
+    assert response["usage"]["input_tokens"] == 1
+    assert response["timings"]["prefill_ms"] == 2.0
+    assert completions.num_running == 0
+
+
+async def test_what_never_began_is_not_told():
+    """A completion that the engine refuses is not counted."""
+    told: list[Any] = []
+    engine = FakeEngine(spelling("x"), gated=True)
+    completions = Completions(engine, TEXT, told.append)
+    engine.generate = refuse
+    completion = await completions.prepare_raw("local", "c", *read_body(body(), model="fake", vocab_size=512))
+    with pytest.raises(Overloaded):
+        await collect(completions.run(completion))
+    assert told == []
+
+
+def refuse(request: Any) -> Any:
+    raise Overloaded("too many wait")
 
 
 async def collect(pieces) -> list[Any]:

@@ -112,13 +112,49 @@ async def test_attaching_twice_moves_the_cursor(served):
     session_id = await new_session(peer)
     for number in range(2):
         await peer.tell(type="session.attach", id=f"c{number}", session_id=session_id, after_seq=0)
-    await peer.tell(type="ping", t=0.0)
+    await peer.tell(type="session.detach", id="end", session_id="sess_other")
     heard = []
-    while not heard or heard[-1]["type"] != "pong":
+    while not heard or heard[-1].get("id") != "end":
         heard.append(await peer.hear())
     await served.sessions.append(session_id, events.output_text_delta(response_id="r", offset=0, delta="x"))
     assert (await peer.hear())["seq"] in (1, 2)
     assert sum(event["type"] == "session.attached" for event in heard) == 2
+
+
+async def test_ping_is_answered_while_a_command_takes_its_time(served, monkeypatch):
+    """A slow command holds up the commands behind it, not the pong; all are answered in order in the end."""
+    peer, go_on = await served.peer(), asyncio.Event()
+    create = served.sessions.create_session
+
+    async def slow(tenant, command):
+        await go_on.wait()
+        return await create(tenant, command)
+
+    monkeypatch.setattr(served.sessions, "create_session", slow)
+    await peer.tell(type="session.create", id="c1", key="k1")
+    await peer.tell(type="session.detach", id="c2", session_id="s")
+    assert (await peer.ask(type="ping", t=2.5))["t"] == 2.5
+    go_on.set()
+    assert [(await peer.hear())["id"] for _ in range(2)] == ["c1", "c2"]
+
+
+async def test_what_was_said_before_leaving_is_carried_out(served, monkeypatch):
+    """A connection that closes right behind its commands leaves none of them undone."""
+    peer = await served.peer()
+    create = served.sessions.create_session
+
+    async def slow(tenant, command):
+        await asyncio.sleep(0.02)
+        return await create(tenant, command)
+
+    monkeypatch.setattr(served.sessions, "create_session", slow)
+    for number in range(5):
+        await peer.tell(type="session.create", id=f"c{number}", key=f"k{number}")
+    await peer.socket.close()
+    async with asyncio.timeout(5):
+        while served.services.hub.num_connections:
+            await asyncio.sleep(0.01)
+    assert len(served.sessions.views) == 5
 
 
 async def test_too_many_sessions_followed(serve):
@@ -211,11 +247,11 @@ async def test_failed_following_is_reported(served, monkeypatch):
     peer = await served.peer()
     session_id = await new_session(peer)
 
-    async def broken(session_id, after_seq):
+    async def broken(session_id, after_seq, *, epoch):
         raise Unavailable("redis is away")
         yield
 
-    monkeypatch.setattr(served.sessions, "follow", broken)
+    monkeypatch.setattr(served.sessions, "follow_batches", broken)
     await peer.tell(type="session.attach", id="c1", session_id=session_id)
     event = await peer.hear()
     while event["type"] != "error":
@@ -225,23 +261,47 @@ async def test_failed_following_is_reported(served, monkeypatch):
     assert "id" not in event
 
 
+async def test_reader_that_was_behind_gets_merged_deltas(served):
+    """Who reads nothing for a while gets the rest in fewer events: each begins where the last ended, no text amiss."""
+    peer = await served.peer()
+    session_id = await new_session(peer)
+    started = await slow_peer(served, 1 << 16)
+    await started.ask(type="session.attach", id="c1", session_id=session_id, after_seq=0)
+    num_deltas, size = 1500, 4000
+    for number in range(num_deltas):
+        delta = events.output_text_delta(response_id="r", offset=number * size, delta=f"{number:06}" + "é" * (size - 6))
+        await served.sessions.append(session_id, delta)
+    last, text, num_heard = 0, 0, 0
+    while last < num_deltas + 1:
+        event = await started.hear()
+        assert event.get("seq_from", event["seq"]) == last + 1
+        last, num_heard = event["seq"], num_heard + 1
+        if "delta" in event:
+            assert event["offset"] == text
+            assert event["delta"].startswith(f"{text // size:06}")
+            text += len(event["delta"])
+    assert text == num_deltas * size
+    assert num_heard < num_deltas
+    started.socket.transport.abort()
+
+
+async def slow_peer(served, num_bytes=4096):
+    """A welcomed connection whose side of the line holds little."""
+    raw = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, num_bytes)
+    address = served.url.replace("http", "ws") + "/v1/ws"
+    options = {"subprotocols": ["chatserve.v1.msgpack"], "proxy": None, "max_queue": 1, "ping_interval": None}
+    peer = Peer(await connect(address, sock=raw, **options))
+    assert (await peer.ask(**HELLO))["type"] == "welcome"
+    return peer
+
+
 async def test_slow_reader_holds_up_nobody(serve):
     """Who stops reading is cut off; another reader of the same session gets everything meanwhile."""
     served = await serve(timeouts=Timeouts(stuck_s=0.3))
     quick = await served.peer()
     session_id = await new_session(quick)
-    raw = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    slow_socket = await connect(
-        served.url.replace("http", "ws") + "/v1/ws",
-        sock=raw,
-        subprotocols=["chatserve.v1.msgpack"],
-        proxy=None,
-        max_queue=1,
-        ping_interval=None,
-    )
-    slow = Peer(slow_socket)
-    await slow.ask(**HELLO)
+    slow = await slow_peer(served)
     await slow.ask(type="session.attach", id="c1", session_id=session_id, after_seq=0)
     await quick.ask(type="session.attach", id="c1", session_id=session_id, after_seq=0)
     delta = "x" * 60_000
@@ -257,7 +317,7 @@ async def test_slow_reader_holds_up_nobody(serve):
         while served.services.hub.num_connections > 1:
             await asyncio.sleep(0.02)
     assert (await quick.ask(type="ping", t=1.0))["type"] == "pong"
-    slow_socket.transport.abort()
+    slow.socket.transport.abort()
 
 
 async def test_disconnect_ends_the_connection_only(served):
@@ -271,6 +331,14 @@ async def test_disconnect_ends_the_connection_only(served):
             await asyncio.sleep(0.01)
     await served.sessions.append(session_id, events.output_text_delta(response_id="r", offset=0, delta="x"))
     assert session_id in served.sessions.views
+
+
+async def test_hello_while_draining_is_told_to_leave(served):
+    """Who was connected before the drain and says hello only then hears goaway behind the welcome."""
+    peer = Peer(await served.connect())
+    served.services.hub.begin_drain(5)
+    assert (await peer.ask(**HELLO))["type"] == "welcome"
+    assert (await peer.hear())["type"] == "goaway"
 
 
 async def test_close_all(served):

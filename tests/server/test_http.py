@@ -70,7 +70,7 @@ async def test_list_pages(served):
         ("GET", "/v1/sessions?offset=1", {}, 400, "invalid_value"),
         ("GET", "/v1/nothing", {}, 404, "not_supported"),
         ("PUT", "/v1/sessions", {}, 405, "not_supported"),
-        ("POST", "/v1/chat/completions", {"json": {}}, 404, "not_supported"),
+        ("POST", "/v1/embeddings", {"json": {}}, 404, "not_supported"),
     ],
 )
 async def test_refused(served, method, path, options, status, code):

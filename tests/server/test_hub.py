@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from chatserve.errors import Overloaded, Unavailable
+from chatserve.server import hub as hub_module
 from chatserve.server.hub import Hub
 
 
@@ -43,13 +44,27 @@ def test_room_of_a_tenant():
         pass
 
 
-def test_notices_reach_the_tenant():
+async def test_notices_reach_the_tenant():
     """Only the tenant's own connections hear that its list changed."""
     hub = Hub(max_connections=9, max_key_connections=9)
     alice, bob = Member(), Member("bob")
     with hub.joined(alice), hub.joined(bob):
         hub.sessions_changed("alice")
     assert (alice.notices, bob.notices) == (["sessions.changed"], [])
+
+
+async def test_many_changes_are_told_of_once_in_a_while(monkeypatch):
+    """The first at once, those that follow it together, and after a pause at once again."""
+    monkeypatch.setattr(hub_module, "CHANGES_INTERVAL_S", 0.05)
+    hub, member = Hub(max_connections=9, max_key_connections=9), Member()
+    with hub.joined(member):
+        for _ in range(100):
+            hub.sessions_changed("alice")
+        assert len(member.notices) == 1
+        await asyncio.sleep(0.2)
+        assert len(member.notices) == 2
+        hub.sessions_changed("alice")
+    assert len(member.notices) == 3
 
 
 def test_drain():

@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from chatserve.engine.api import EngineInfo, Finished, GenerationRequest, Held, Progress, Started, Tokens
+from chatserve.engine.api import EngineInfo, Finished, Forgotten, GenerationRequest, Held, Progress, Started, Tokens
 from chatserve.storage.session_store import SessionStore, StorageUnavailable
 
 
@@ -31,6 +31,7 @@ class FakeEngine:
         self.held: dict[str, list[int]] = {}
         self.failure: BaseException | None = None
         self.extra: list[Progress] = []
+        self.forgotten: list[tuple[list[int], int]] = []
         self.warmed: list[tuple[str, str, list[int]]] = []
         self.deaf = False
         self._choose = choose
@@ -84,6 +85,10 @@ class FakeEngine:
 
     def forget_session(self, session_id: str) -> None:
         self.held.pop(session_id, None)
+
+    async def delete_session(self, session_id: str, tenant: str, histories: Sequence[Forgotten]) -> None:
+        self.held.pop(session_id, None)
+        self.forgotten += [(list(history.token_ids), history.num_kept) for history in histories]
 
     def warm_session(self, session_id: str, tenant: str, token_ids: Sequence[int]) -> None:
         self.warmed.append((session_id, tenant, list(token_ids)))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from typing import Any
 
 import pytest
 
 from chatserve.errors import Overloaded, Unavailable
+from chatserve.protocol.events import response_resumed
 from chatserve.sessions.limits import SessionLimits
+from chatserve.sessions.session import Change, Draft, LiveSession
+from chatserve.storage.scripts import session_key
+from chatserve.storage.session_store import FenceLost, SessionStore
 from tests.sessions.conftest import (
     LIMITS,
     TOKENIZER,
@@ -287,3 +292,51 @@ async def test_who_comes_right_after_a_restart_sees_what_was_logged(stage: Stage
     events = await successor.events(session_id, attached.after_seq)
     assert next(event for event in events if "offset" in event)["offset"] == len(text)
     assert events[-1]["response"]["text"] == text + "".join(event.get("delta", "") for event in events)
+
+
+@pytest.mark.parametrize("num_lost", [1, 3])
+async def test_nothing_made_for_a_lost_log_joins_the_one_that_came_back(stage: Stage, num_lost: int) -> None:
+    """A store that forgot the last events in mid-answer: a new epoch, and the reply whole again behind what is left."""
+    engine = FakeEngine(saying("One two three four five"), gated=True)
+    chat = await stage.start(engine, limits=dataclasses.replace(LIMITS, delta_interval_s=0.0))
+    session_id = await chat.create()
+    epoch = (await chat.state(session_id))["epoch"]
+    await chat.send(session_id, "a")
+    engine.allow(2)
+    await chat.events(session_id, until=["response.output_text.delta"])
+    keys = [session_key(session_id, part) for part in ("meta", "msgs", "log")]
+    kept = {key: await stage.redis.dump(key) for key in keys}
+    for _ in range(num_lost):
+        head_seq = (await chat.state(session_id))["head_seq"]
+        engine.allow(1)
+        await chat.events(session_id, head_seq, until=["response.output_text.delta"])
+    for key, dump in kept.items():
+        await stage.redis.restore(key, 0, dump, replace=True)
+    engine.allow(100)
+    async with asyncio.timeout(10):
+        while (state := await chat.state(session_id))["active_response"] or state["epoch"] == epoch:
+            await asyncio.sleep(0.01)
+    log = await chat.events(session_id)
+    assert_coherent(log)
+    assert log[-1]["response"]["text"] == "One two three four five"
+
+
+async def test_a_change_is_not_written_to_another_log_than_it_was_made_for(stage: Stage) -> None:
+    """However often it is tried, what was made before the log was replaced is refused; what is made after is not."""
+    chat = await stage.start(FakeEngine(saying("One")))
+    session_id = await chat.create()
+    store = SessionStore(stage.redis, "another", durable=False)
+    stage.stores.append(store)
+    live = LiveSession(store, await store.take_fence(session_id), {}, LIMITS, time.time)
+    keys = [session_key(session_id, part) for part in ("meta", "log")]
+    kept = {key: await stage.redis.dump(key) for key in keys}
+    first, second, third = (Change([Draft(response_resumed(response_id="r", offset=0))]) for _ in range(3))
+    await live.commit(first)
+    for key, dump in kept.items():
+        await stage.redis.restore(key, 0, dump, replace=True)
+    for _ in range(3):
+        with pytest.raises(FenceLost):
+            await live.commit(second)
+    assert len(await store.read_log(session_id, 0, 10)) == 1
+    await live.commit(third)
+    assert [entry.seq for entry in await store.read_log(session_id, 0, 10)] == [1, 2]

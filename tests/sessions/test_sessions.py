@@ -178,6 +178,39 @@ async def test_a_deleted_session_is_gone(stage: Stage) -> None:
             await attempt
 
 
+async def test_deleting_a_session_keeps_what_others_share(stage: Stage) -> None:
+    """The engine is told of every branch, and how much of it another session begins with; no other tenant's counts."""
+    engine = FakeEngine(saying("One", "Two"))
+    chat = await stage.start(engine)
+    session_id = await chat.create(instructions="Be brief.")
+    await chat.ask(session_id, "a")
+    first = (await chat.state(session_id))["messages"]
+    await chat.ask(session_id, "b")
+    whole = list(engine.held[session_id])
+    fork, _ = await chat.manager.fork_session(
+        "t", command("session.fork", session_id=session_id, at_message_id=first[1]["id"])
+    )
+    await chat.ask(fork["id"], "other words")
+    await chat.ask(session_id, "a", parent_id="root")
+    alone = Chat(chat.manager, "another")
+    await alone.ask(await alone.create(instructions="Be brief."), "b")
+    await chat.manager.delete_session("t", session_id)
+    shared = chat.manager.session_cache("t", fork["id"])
+    assert (await shared)["tokens"] > 0
+    branches = sorted(engine.forgotten, key=lambda history: -len(history[0]))
+    assert len(branches) == 2
+    assert branches[0][0][: len(whole)] == whole
+    assert 0 < branches[1][1] < len(branches[1][0]) + 1
+    num_forked = sum(len(ids) for ids in await token_ids_of(stage, fork["id"], 2))
+    assert num_forked <= branches[0][1] < len(branches[0][0])
+
+
+async def token_ids_of(stage: Stage, session_id: str, num_messages: int) -> list[list[int]]:
+    """The ids of a session's first messages."""
+    stored = await stage.stores[0].load_messages(session_id)
+    return [message.token_ids for message in list(stored.values())[:num_messages]]
+
+
 async def test_idle_sessions_leave_memory_and_come_back(stage: Stage) -> None:
     """Memory holds a bounded number of idle sessions; one that left answers as before, in order, after its return."""
     limits = SessionLimits(max_idle_sessions=3)

@@ -1,12 +1,13 @@
 """What a log line looks like, for people and for machines."""
 
+import asyncio
 import json
 import logging
 import sys
 
 import pytest
 
-from chatserve.server.logs import ConsoleFormatter, JsonFormatter, configure_logging
+from chatserve.logs import ConsoleFormatter, JsonFormatter, bind, bound, configure_logging
 
 
 def record(**fields):
@@ -63,3 +64,32 @@ def test_libraries_speak_from_warnings_on(root_logger, capsys):
     assert "ours" in err
     assert "their trouble" in err
     assert "theirs" not in err
+
+
+def test_lines_carry_what_is_bound():
+    """In a block, and in tasks begun in it however long they live; what the caller gives comes before it."""
+
+    async def fields_later(begun, ended):
+        begun.set()
+        await ended.wait()
+        return JsonFormatter().format(record(session_id="given"))
+
+    async def run():
+        begun, ended = asyncio.Event(), asyncio.Event()
+        with bound(connection_id="conn_1", session_id="bound"):
+            bind(request_id="req_1")
+            task = asyncio.create_task(fields_later(begun, ended))
+            await begun.wait()
+        ended.set()
+        return json.loads(await task), json.loads(JsonFormatter().format(record()))
+
+    inside, outside = asyncio.run(run())
+    assert (inside["connection_id"], inside["request_id"], inside["session_id"]) == ("conn_1", "req_1", "given")
+    assert not outside.keys() & {"connection_id", "request_id", "session_id"}
+
+
+def test_an_id_cannot_begin_a_line():
+    """Ids are a client's to choose: one with a line break stays in its line."""
+    with bound(request_id="x\n12:00:00 ERROR forged"):
+        line = ConsoleFormatter().format(record())
+    assert "\n" not in line
