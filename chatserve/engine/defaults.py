@@ -14,7 +14,6 @@ GPU_KV_PERCENT = 90
 CPU_HOST_BYTES = 256 << 20  # copies on their way to disk; the device tier is main memory already
 CPU_DISK_BYTES = 4 << 30
 GPU_HOST_BYTES = 16 << 30  # at most; 130,000 tokens of an 8B model
-GPU_DISK_BYTES = 32 << 30
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -52,7 +51,7 @@ def tier_bytes(device: str) -> tuple[int, int]:
     """Host memory and disk space for histories below a device of this type."""
     if device == "cpu":
         return CPU_HOST_BYTES, CPU_DISK_BYTES
-    return min(usable_memory_bytes() // 4, GPU_HOST_BYTES), GPU_DISK_BYTES
+    return min(usable_memory_bytes() // 4, GPU_HOST_BYTES), 0
 
 
 def gpu_kv_bytes(free_bytes: int) -> int:
