@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore import OutOfMappings
+from chatserve.engine.core import EngineCore
+from kvstore import OutOfMappings, tiers
 from tests.engine.fakes import RowRunner, expected_reply, make_core, run_until_idle, submit, tokens_of
 
 
@@ -329,3 +331,54 @@ def test_lasting_refusal_is_told(monkeypatch):
     events = run_until_idle(core)["r"]
     assert [event[0] for event in events] == ["refused"]
     assert "--kv-device-memory" in events[0][3]
+
+
+def returning_core(monkeypatch, **slow) -> tuple[EngineCore, list[int]]:
+    """A core whose session `s` was saved and pushed out, and what it says next; copies up are `slow`."""
+    core = make_core(pages=24, host_pages=200)
+    prompt = list(range(1, 300))
+    submit(core, "first", "s", prompt, max_output_tokens=2)
+    prompt += [*tokens_of(run_until_idle(core)["first"]), 7, 8, 9]
+    assert core.store.flush(time.monotonic() + 10)
+    submit(core, "other", "o", [5, *range(600)], max_output_tokens=2)
+    run_until_idle(core)
+    for name, value in slow.items():
+        monkeypatch.setattr(core.store.tiers.transfers, name, value)
+    return core, prompt
+
+
+class NeverTransfer:
+    """A copy that does not come to an end."""
+
+    seconds = 0.0
+
+    def done(self):
+        return False
+
+    def failed(self):
+        return False
+
+
+def test_a_returning_history_is_restored_before_its_turn(monkeypatch):
+    """The turn finds its rows, says whence they came, and answers as if they had never gone."""
+    core, prompt = returning_core(monkeypatch)
+    submit(core, "again", "s", prompt, max_output_tokens=4)
+    events = run_until_idle(core)["again"]
+    assert tokens_of(events) == expected_reply(prompt, 4)
+    assert events[0][2]["host"] > 100
+    core.close(1)
+
+
+def test_a_copy_that_never_ends_is_not_waited_for(monkeypatch):
+    """The turn is computed after all, the answer is the same, and the pages that are held do not stop others."""
+    monkeypatch.setattr(tiers, "PATIENCE_S", 0.05)
+    core, prompt = returning_core(monkeypatch, up=lambda *_: NeverTransfer())
+    core.store.note_computed(1000, 0.01)
+    submit(core, "again", "s", prompt, max_output_tokens=4)
+    deadline = time.monotonic() + 20
+    events = []
+    while not core.idle:
+        assert time.monotonic() < deadline
+        core.step()
+        events += core.take_events()
+    assert tokens_of(events) == expected_reply(prompt, 4)

@@ -69,6 +69,16 @@ def returning_turn(store: KVStore, session_id: str, salt: bytes, tokens: list[in
             store.tend()
 
 
+def pushed_out(tokens: list[int]) -> KVStore:
+    """A store that has saved session `s` of tenant `t` in host memory, and whose device others have taken since."""
+    store = tiered_store()
+    run_turn(store, "s", b"t", tokens)
+    settle_all(store)
+    for other in range(5):
+        run_turn(store, f"o{other}", b"t", [2000 + other, *range(120)])
+    return store
+
+
 def test_an_evicted_history_comes_back_from_host_memory():
     """What was copied down while idle is mapped again after others took the device, row for row."""
     store = tiered_store()
@@ -143,12 +153,8 @@ def test_a_flipped_byte_on_disk_is_recomputed(tmp_path):
 
 def test_a_promotion_nobody_waits_for_ends_by_itself():
     """A request that was cancelled meanwhile leaves no page behind."""
-    store = tiered_store()
     tokens = list(range(150))
-    run_turn(store, "s", b"t", tokens)
-    settle_all(store)
-    for other in range(5):
-        run_turn(store, f"o{other}", b"t", [2000 + other, *range(120)])
+    store = pushed_out(tokens)
     promotion = store.promote("s", b"t", np.array(tokens, np.int32))
     store.end_promotion(promotion)
     while store.tend():
@@ -160,12 +166,8 @@ def test_a_promotion_nobody_waits_for_ends_by_itself():
 
 def test_two_who_ask_for_the_same_history_wait_for_one_copy():
     """A request that comes while its history is being warmed waits for that, and both leave it when they are done."""
-    store = tiered_store()
     tokens = list(range(150))
-    run_turn(store, "s", b"t", tokens)
-    settle_all(store)
-    for other in range(5):
-        run_turn(store, f"o{other}", b"t", [2000 + other, *range(120)])
+    store = pushed_out(tokens)
     first = store.promote("s", b"t", np.array(tokens, np.int32))
     second = store.promote("s", b"t", np.array([*tokens, 1, 2], np.int32))
     assert second is first

@@ -1,10 +1,14 @@
-"""Who watches a store is told of what it writes."""
+"""Who watches a store is told of what it writes; reading goes a little at a time."""
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import pytest
 from redis.asyncio import Redis
 
-from chatserve.storage.session_store import IdempotencyKey, SessionStore, StoreWatch
+from chatserve.storage.session_store import MAX_LOG_READS, IdempotencyKey, SessionStore, StoreWatch
 from tests.storage.fakes import log_entries, session_meta
 
 
@@ -22,3 +26,23 @@ async def test_appends_are_timed_and_repeated_commands_are_told(redis: Redis) ->
     assert len(seconds) == 2
     assert all(0 < number < 5 for number in seconds)
     assert len(repeated) == 2
+
+
+async def test_few_logs_are_read_at_a_time(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many readers at once leave room between their reads for what else is to be done, and all get their log."""
+    await store.create(session_meta("s1"), log_entries("s1", 1, 3))
+    execute, running, most = store._execute, 0, 0
+
+    async def counted(*command: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return await execute(*command)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(store, "_execute", counted)
+    logs = await asyncio.gather(*(store.read_log("s1", 0, 10) for _ in range(20)))
+    assert logs == [log_entries("s1", 1, 3)] * 20
+    assert most == MAX_LOG_READS
