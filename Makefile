@@ -6,6 +6,8 @@ VENV ?= .venv
 # An index for torch alone, such as https://download.pytorch.org/whl/cpu: the CPU build is a tenth of the size.
 TORCH_INDEX ?=
 SERVE_ARGS ?=
+# Test processes: most tests wait for servers to start, which keeps one core busy.
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/chatserve serve $(SERVE_ARGS)
 
 test: check
-	$(BIN)/python -m pytest -q -m "not soak and not gpu"
+	$(BIN)/python -m pytest -q -m "not soak and not gpu" -n $(TEST_WORKERS) --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check --quiet .

@@ -154,8 +154,11 @@ class ServeSettings(BaseSettings):
         Option("Model", "BYTES", default="on a CPU a quarter of the memory, at most 4G; 90 % of what a GPU has free"),
     ] = Field(None, ge=MIN_KV_BYTES, description="Memory for attention history, such as 4G.")
 
-    kv_host_memory: Annotated[Size | None, Option("Model", "BYTES", default="256M on a CPU, up to 16G on a GPU")] = Field(
-        None, ge=0, description="Main memory for histories that left the device; what goes to disk passes through it."
+    kv_host_memory: Annotated[Size | None, Option("Model", "BYTES", default="by device")] = Field(
+        None,
+        ge=0,
+        description="Main memory for histories that left the device; what goes to disk passes through it. "
+        "256M on a CPU; on a GPU a quarter of the memory, at most 16G, taken at the start.",
     )
     kv_disk_space: Annotated[Size | None, Option("Model", "BYTES", default="4G on a CPU, 0 on a GPU")] = Field(
         None, ge=0, description="Disk space for histories, which are found there again after a restart; 0 for none."
