@@ -11,6 +11,7 @@ that was acknowledged, only when the log is behind it. So no reader mistakes rew
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ __all__ = [
 ]
 
 _SCANNED_KEYS = 1000
+MAX_LOG_READS = 2  # at a time: many readers who come back at once must not hold up those who are there
 _NO_CHANGES: Final[Mapping[str, Any]] = {}
 
 
@@ -118,6 +120,7 @@ class SessionStore:
         self._durable = durable
         self._max_sessions = max_sessions
         self._watch = watch
+        self._reading = asyncio.Semaphore(MAX_LOG_READS)
         self._health = Health(redis.ping)
         self._writer = CommitWriter(redis, COMMIT, self._health)
 
@@ -227,7 +230,8 @@ class SessionStore:
     async def read_log(self, session_id: str, after_seq: int, limit: int) -> list[LogEntry]:
         """At most `limit` events after `after_seq`, in order; trimmed ones are missing at the front."""
         log = session_key(session_id, "log")
-        rows = await self._execute("XRANGE", log, f"{after_seq + 1}-0", "+", "COUNT", limit)
+        async with self._reading:
+            rows = await self._execute("XRANGE", log, f"{after_seq + 1}-0", "+", "COUNT", limit)
         return [_log_entry(entry_id, entry_fields) for entry_id, entry_fields in rows]
 
     async def first_seq(self, session_id: str) -> int | None:

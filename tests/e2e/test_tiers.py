@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from tests.e2e.talking import new_session, reply_to
 from tests.e2e.test_survival import start_redis
 from tests.live import LiveServer, free_port
 
+OTHER_FACT = "Zebras and yaks live far from here, and so does my friend Zorp."
 FACTS = [f"My friend number {number} is called Zorp{number}, and I like trees." for number in range(6)]
 
 
@@ -25,11 +27,27 @@ async def converse(client: ChatClient) -> str:
     return session_id
 
 
+def flip_a_byte(data_dir: Path) -> None:
+    """In the page that was saved first."""
+    oldest = min((data_dir / "kv").glob("*.seg"))
+    data = bytearray(oldest.read_bytes())
+    data[1000] ^= 1
+    oldest.write_bytes(data)
+
+
 @pytest.mark.parametrize("graceful", [False, pytest.param(True, marks=pytest.mark.soak)])
-async def test_a_history_comes_back_from_disk_after_a_restart(start_server, graceful):
-    """Ended by SIGTERM or killed with everything: the next turn's tokens come from disk, and the dog has its name."""
+async def test_histories_come_back_from_disk_after_a_restart(start_server, tmp_path, graceful):
+    """Ended by SIGTERM or killed with everything: the next turn's tokens come from disk, and the dog has its name.
+
+    A history with a flipped byte is computed again: the same answer, and the reason is told.
+    """
     first = start_server()
     async with ChatClient(first.url) as client:
+        damaged = await new_session(client)
+        await reply_to(client, damaged, OTHER_FACT)
+        whole = await new_session(client)
+        await reply_to(client, whole, OTHER_FACT)
+        expected = await reply_to(client, whole, "Who lives far from here?")
         session_id = await converse(client)
     await asyncio.sleep(0.5)  # idle for a moment
     held = first.get(f"/v1/sessions/{session_id}/cache").json()
@@ -40,6 +58,7 @@ async def test_a_history_comes_back_from_disk_after_a_restart(start_server, grac
         first.process.kill()
         first.process.wait()
         await asyncio.sleep(1.0)  # its children go with it
+    flip_a_byte(tmp_path / "data")
     second = start_server()
     cache = second.get(f"/v1/sessions/{session_id}/cache").json()
     assert cache["device"] == 0
@@ -47,27 +66,14 @@ async def test_a_history_comes_back_from_disk_after_a_restart(start_server, grac
     async with ChatClient(second.url) as client:
         await client.attach(session_id)
         reply = await reply_to(client, session_id, "What is my dog called?")
+        await client.attach(damaged)
+        again = await reply_to(client, damaged, "Who lives far from here?")
     assert "Zarnik" in reply["text"]
     assert reply["usage"]["cached_tokens_details"]["disk"] == cache["disk"]
     assert reply["cache"]["restored_from"] == "disk"
-
-
-async def test_a_flipped_byte_costs_time_only(start_server, tmp_path):
-    """A record that is not what was written is computed again: the answer is right, and the reason is told."""
-    first = start_server()
-    async with ChatClient(first.url) as client:
-        session_id = await converse(client)
-    assert first.stop() == 0
-    oldest = min((tmp_path / "data" / "kv").glob("*.seg"))
-    data = bytearray(oldest.read_bytes())
-    data[1000] ^= 1  # in the first page that was saved, the beginning of this history
-    oldest.write_bytes(data)
-    second = start_server()
-    async with ChatClient(second.url) as client:
-        await client.attach(session_id)
-        reply = await reply_to(client, session_id, "What is my dog called?")
-    assert "Zarnik" in reply["text"]
-    assert reply["cache"] == {"result": "miss", "restored_from": None, "reason": "checksum_failed"}
+    assert again["text"] == expected["text"]
+    assert again["cache"]["reason"] == "checksum_failed"
+    assert again["usage"]["cached_tokens_details"]["disk"] == 0
 
 
 def test_a_second_server_on_the_histories_is_refused(live_server, start_server):
