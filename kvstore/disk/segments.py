@@ -180,7 +180,7 @@ class SegmentWriter:
         except OSError:
             writer.abandon()
             raise
-        segment.file_bytes = segment.end
+        segment.file_bytes, segment.flaw = segment.end, None
         return writer
 
     @property

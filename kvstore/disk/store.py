@@ -185,7 +185,10 @@ class SegmentStore:
     def _resumed(self) -> SegmentWriter | None:
         """The writer of the newest file, when a process before this one left it with room."""
         segments = self.segments
-        if not segments or not segments[-1].is_open or segments[-1].full_bytes > self._sizes.segment_bytes:
+        if not segments or not segments[-1].is_open:
+            return None
+        if segments[-1].full_bytes > self._sizes.segment_bytes:
+            SegmentWriter.resume(self._calls, segments[-1]).close()  # only cuts off what was being written
             return None
         self._trim(self._sizes.sealed_bytes, segments[:-1])
         return SegmentWriter.resume(self._calls, segments[-1])

@@ -177,6 +177,22 @@ def test_torn_tail_is_cut(written, path):
         assert (right_records(tier), tier.stats().rejected) == (NUM_RECORDS + 10, {})
 
 
+@pytest.mark.parametrize("num_records", [NUM_RECORDS, 10], ids=["with_room", "full"])
+def test_what_a_kill_left_behind_is_not_damage_later(path, num_records):
+    """Also when the file is full, then or soon after, and the next one is written, here and at the next start."""
+    with open_small(path) as tier:
+        assert put(tier, *range(num_records), length=PAGE_BYTES)
+        tier._store.abandon()  # the file's end is not written, as after a kill
+    newest = max(path.glob("*.seg"))
+    newest.write_bytes(newest.read_bytes() + bytes(30))
+    with open_small(path) as tier:
+        assert put(tier, *range(100, 110), length=PAGE_BYTES)
+        assert tier.verify().bad == []
+    with open_small(path) as tier:
+        assert (tier.verify().bad, tier.stats().rejected) == ([], {})
+        assert right_records(tier) == num_records + 10
+
+
 def test_half_made_copy(written, path):
     """A copy that the power cut left half made never takes the place of the record, also when its file is full."""
     first = written[SEALED][64 : 64 + 64] + bytes(64)  # the header reached the disk, the payload did not
