@@ -108,7 +108,7 @@ async def test_fault_of_ours(served):
         ("/healthz", True),
         ("/readyz", True),
         ("/", True),
-        ("/app.js", True),
+        ("/icon.svg", True),
         ("/version", False),
         ("/v1/models", False),
         ("/v1/sessions", False),
