@@ -1,4 +1,4 @@
-# Everything a person or a CI machine runs. `make demo` needs Python >= 3.11 and make, nothing else.
+# Everything a person or a CI machine runs. `make demo` needs Python >= 3.11 and make, nothing else; `make page` Node.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -15,10 +15,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BENCHMARKS := bench/turn_cost.py bench/sharing.py bench/batching.py bench/store_calls.py bench/frontend.py \
 	bench/restart.py bench/scale.py
 
-.PHONY: demo test check audit soak test-gpu bench clean
+.PHONY: demo page test check audit soak test-gpu bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/chatserve serve $(SERVE_ARGS)
+
+# Builds web/ into chatserve/static, which is committed: only who changes the page needs Node.
+page:
+	cd web && npm ci && npm test && npm run build
 
 test: check
 	$(BIN)/python -m pytest -q -m "not soak and not gpu" -n $(TEST_WORKERS) --dist loadfile
@@ -27,6 +31,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 	$(BIN)/python .ci/audit.py
 
 audit: $(VENV)/.installed-dev
