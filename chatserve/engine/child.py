@@ -78,7 +78,7 @@ async def _launch() -> tuple[asyncio.subprocess.Process, AsyncChannel]:
     """
     ours, theirs = socket.socketpair()
     with theirs:
-        command = (sys.executable, "-m", "chatserve.engine.process", str(theirs.fileno()))
+        command = (sys.executable, "-m", "chatserve.engine.process", str(theirs.fileno()), str(os.getpid()))
         process = await asyncio.create_subprocess_exec(
             *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr,
             start_new_session=True, env={"OMP_WAIT_POLICY": "passive", **os.environ},

@@ -1,4 +1,4 @@
-"""The engine's process: `python -m chatserve.engine.process FD`, a child of the front end.
+"""The engine's process: `python -m chatserve.engine.process FD PARENT_PID`, a child of the front end.
 
 It reads its configuration from the socket, loads the model, and steps while there is work. It ends when the front
 end's socket closes, and dies with the front end's process.
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Serve the front end at the inherited socket until it closes."""
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle: it drains first
     channel = SyncChannel(socket.socket(fileno=int(sys.argv[1])))
     try:
@@ -57,11 +57,11 @@ def serve_to_the_end(channel: SyncChannel, core: EngineCore) -> None:
     core.close(FLUSH_S)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Ask Linux to kill this process when the front end dies; elsewhere the closed socket does it a little later."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
+        if os.getppid() != parent_pid:
             raise SystemExit("the front end died before its engine had started")
 
 

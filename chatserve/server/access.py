@@ -6,6 +6,7 @@ Pure decisions on strings; it knows no sockets and no framework.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ class Access:
         self._allowed_origins = frozenset(allowed_origins)
         self._allowed_hosts = frozenset(_host_of(origin) for origin in self._allowed_origins)
         self._bound_host = bound_host.strip("[]").lower()
-        self._check_host = is_loopback(bound_host)
+        self._is_local = is_loopback(bound_host)
 
     def tenant(self, key: str | None) -> str:
         """The tenant that `key` opens; raises Unauthorized, with the same words for a wrong key and for none."""
@@ -40,18 +41,21 @@ class Access:
     def check_browser(self, *, host: str | None, origin: str | None) -> None:
         """Refuse a request that a foreign web page made; raises Forbidden.
 
-        `Host` is checked on loopback only: a page whose name was rebound to 127.0.0.1 carries its own name there.
+        `Host` is checked where no key protects, or none need: a page whose name was rebound to this server's address
+        carries its own name there. On loopback that is any other name, elsewhere any with a dot that is no address.
         """
-        if self._check_host and not self._is_own_host(host):
+        if (self._is_local or not self._digests) and not self._is_own_host(host):
             raise Forbidden(
-                f"host {host!r} is not this server's; use localhost, or allow the origin with --allowed-origin"
+                f"host {host!r} is not this server's; use its address, or allow the origin with --allowed-origin"
             )
         if origin is not None and not self._is_allowed_origin(origin, host):
             raise Forbidden(f"origin {origin!r} may not connect; allow it with --allowed-origin")
 
     def _is_own_host(self, host: str | None) -> bool:
         name = _host_of(f"//{host or ''}")
-        return name == self._bound_host or is_loopback(name) or name in self._allowed_hosts
+        if name == self._bound_host or is_loopback(name) or name in self._allowed_hosts:
+            return True
+        return not self._is_local and (_is_address(name) or (bool(name) and "." not in name))
 
     def _is_allowed_origin(self, origin: str, host: str | None) -> bool:
         # Only host and port are compared with our own: behind a proxy that ends TLS the scheme differs.
@@ -62,6 +66,14 @@ def bearer_key(authorization: str | None) -> str | None:
     """The key of an `Authorization: Bearer KEY` header."""
     scheme, _, key = (authorization or "").partition(" ")
     return key.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _host_of(url: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -225,6 +227,16 @@ async def test_missing_model_is_a_clear_error(tmp_path):
     """A model directory that is not there stops the start with its name in the message."""
     with pytest.raises(StartupError, match="nowhere"):
         await EngineClient(EngineConfig(model=str(tmp_path / "nowhere"))).start()
+
+
+def test_engine_of_a_dead_parent_does_not_start():
+    """Whoever adopted it, be it process 1 or another; its parent's number tells, not whose child it is now."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-m", "chatserve.engine.process", str(theirs.fileno()), str(os.getpid() + 1)]
+        child = subprocess.run(command, pass_fds=[theirs.fileno()], capture_output=True, text=True, check=False)
+    assert child.returncode == 1
+    assert "died before its engine" in child.stderr
 
 
 async def test_engine_ends_with_its_parent(checkpoint, tmp_path):

@@ -77,9 +77,19 @@ def test_browser_refused_on_loopback(host, origin):
         access().check_browser(host=host, origin=origin)
 
 
-def test_host_is_not_checked_beyond_loopback():
+def test_host_is_not_checked_where_keys_protect():
     """A public server cannot know all its names; the origin must still be its own."""
-    public = access(host="0.0.0.0")
+    public = access(host="0.0.0.0", keys=KEYS)
     public.check_browser(host="chat.example.org", origin="https://chat.example.org")
     with pytest.raises(Forbidden):
         public.check_browser(host="chat.example.org", origin="https://evil.example")
+
+
+def test_without_keys_no_name_of_the_web_is_taken():
+    """Beyond loopback too: addresses, names without a dot and allowed ones pass, one that may be rebound does not."""
+    insecure = access(host="0.0.0.0", origins=["https://chat.example.org"])
+    for host in ("192.168.1.7:8000", "[fd00::1]:8000", "chatserve:8000", "localhost", "chat.example.org"):
+        insecure.check_browser(host=host, origin=None)
+    for host in ("evil.example:8000", "", None):
+        with pytest.raises(Forbidden, match="--allowed-origin"):
+            insecure.check_browser(host=host, origin=None)
