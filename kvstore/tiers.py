@@ -147,7 +147,8 @@ class Tiers:
             return None
         before = self.lookup(salt, tokens)
         found = self._find_below(salt, tokens, len(before))
-        if found and (coming := self.promotions.find(found[0].key)) is not None:
+        first_key = found[0].key if found else self._next_key(salt, tokens, before)
+        if (coming := self.promotions.find(first_key)) is not None:
             coming.num_wanted += 1
             return coming
         copies, unread = self._collect(self._worthwhile(len(before), found))
@@ -157,6 +158,11 @@ class Tiers:
         promotion.is_last = len(copies) == len(found)
         self.promotions.begin(promotion)
         return promotion
+
+    def _next_key(self, salt: bytes, tokens: TokenArray, before: PageArray) -> bytes:
+        """The key of the page behind these: it may be on its way up although a disk thread found it bad just now."""
+        key, first = self._key_of[int(before[-1])] if len(before) else self.keys.root(salt), self.keys.first_token
+        return self.keys.page(key, tokens[first(len(before)) : first(len(before) + 1)])
 
     def _hold(
         self, salt: bytes, tokens: TokenArray, before: PageArray, copies: list[HostPage], unread: list[int]
