@@ -106,8 +106,13 @@ class Scheduler:
                     self.unservable.append(self.waiting.popleft())
                 break
         self.waiting.extendleft(reversed(blocked))
+        self._promote_ahead()
+
+    def _promote_ahead(self) -> None:
+        """Bring back the histories of those next in line, in their order, as far as there is memory for them."""
         for request in islice(self.waiting, PROMOTED_AHEAD):
-            self._is_coming_back(request)  # so that its history is there when its turn has come
+            if request.reuse and not self._is_coming_back(request) and not request.has_asked_below:
+                break  # no memory: who comes after would find none either
 
     def _may_fit_later(self) -> bool:
         """Whether memory will become free: by requests that run, copies on their way, histories held for who waits."""
