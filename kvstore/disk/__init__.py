@@ -1,10 +1,10 @@
 """A crash-safe store of KV pages on local disk, below device and host memory.
 
-It needs nothing but the standard library, and knows neither the rest of `kvstore` nor what its keys stand for:
+It needs nothing but a checksum beyond the standard library, and knows neither the rest of `kvstore` nor what its keys stand for:
 
     with DiskTier(directory, budget_bytes=64 << 30, fingerprint=b"model and weights", page_bytes=8 << 20) as tier:
         tier.put([(key, payload)])           # durable when it returns
-        length = tier.read_into(key, page)   # bytes, verified; None for a miss
+        length = tier.read(key, page)   # bytes, verified; None or a reason for a miss
 """
 
 from kvstore.disk.errors import DirectoryInUse, DirectoryUnusable

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from zlib_ng import zlib_ng
 
 from kvstore.disk.errors import DirectoryInUse, DirectoryUnusable
 from kvstore.disk.files import FileCalls
@@ -149,4 +150,4 @@ def read_manifest(directory: Path) -> Manifest | UnreadableManifest:
 
 
 def _checksum(fields: dict[str, object]) -> int:
-    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+    return zlib_ng.crc32(json.dumps(fields, sort_keys=True).encode())

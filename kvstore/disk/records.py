@@ -3,16 +3,18 @@
     segment header | record header, payload, zeros to 64 bytes | ... | footer, in full segments only
 
 All integers are little-endian. Everything but the payload of a record carries its own checksum; the payload's stands in
-its record's header. It does no I/O.
+its record's header. Checksums are CRC-32 as zlib has it, from a library that computes it twenty times faster. It does no
+I/O.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from zlib_ng import zlib_ng
 
 FORMAT_VERSION = 1
 KEY_BYTES = 32
@@ -109,7 +111,7 @@ def check_segment_header(data: bytes, number: int, identity: bytes) -> Reason | 
 
 def pack_record_header(key: bytes, payload: Payload) -> bytes:
     """The header to write before `payload`."""
-    return _sealed(_RECORD.pack(RECORD_MAGIC, FORMAT_VERSION, len(payload), key, zlib.crc32(payload), 0))
+    return _sealed(_RECORD.pack(RECORD_MAGIC, FORMAT_VERSION, len(payload), key, zlib_ng.crc32(payload), 0))
 
 
 def parse_record_header(data: bytes | bytearray) -> RecordHeader | None:
@@ -151,9 +153,9 @@ def records_end(lengths: Iterable[int]) -> int:
 def _sealed(data: bytes) -> bytes:
     """The bytes with their last field, four bytes, replaced by the checksum of those before it."""
     body = data[: -_CHECKSUM.size]
-    return body + _CHECKSUM.pack(zlib.crc32(body))
+    return body + _CHECKSUM.pack(zlib_ng.crc32(body))
 
 
 def _is_intact(data: bytes | bytearray) -> bool:
     """Whether the last field is the checksum of the bytes before it."""
-    return data[-_CHECKSUM.size :] == _CHECKSUM.pack(zlib.crc32(data[: -_CHECKSUM.size]))
+    return data[-_CHECKSUM.size :] == _CHECKSUM.pack(zlib_ng.crc32(data[: -_CHECKSUM.size]))

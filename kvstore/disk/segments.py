@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zlib
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from zlib_ng import zlib_ng
 
 from kvstore.disk.files import FileCalls
 from kvstore.disk.records import (
@@ -296,7 +297,7 @@ def _reject(segment: Segment, reason: Reason, detail: str) -> None:
 def _check(record: Record, header: RecordHeader | None, payload: memoryview, num_read: int) -> Flaw | None:
     if header is None or (header.key, header.length) != (record.key, record.length):
         return Flaw(Reason.RECORD_HEADER, "the record's header is damaged")
-    if num_read != HEADER_BYTES + record.length or zlib.crc32(payload) != header.checksum:
+    if num_read != HEADER_BYTES + record.length or zlib_ng.crc32(payload) != header.checksum:
         return Flaw(Reason.CHECKSUM, "the payload is not what was written")
     return None
 

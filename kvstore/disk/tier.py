@@ -149,11 +149,6 @@ class DiskTier:
                 self._write({key: payload for key, payload in records if self._store.index.use(key) is None})
         return sum(key in self._store.index for key, _ in records)
 
-    def read_into(self, key: bytes, buffer: bytearray | memoryview) -> int | None:
-        """As `read`, but None also for a record that is not what was written."""
-        found = self.read(key, buffer)
-        return found if isinstance(found, int) else None
-
     def read(self, key: bytes, buffer: bytearray | memoryview) -> int | Reason | None:
         """Fill the beginning of `buffer` with the key's record, verified, and return its length in bytes.
 

@@ -158,7 +158,7 @@ def test_one_refused_driver_call_is_not_felt(llama, call):
         submit(engine.core, request_id, request_id, prompt, max_output_tokens=40)
     events = run_until_idle(engine.core)
     for request_id in prompts:
-        engine.core.handle({"verb": "forget", "session_id": request_id})
+        engine.core.handle({"verb": "forget", "session_id": request_id, "tenant": "t", "histories": []})
     engine.core.store._residency.evict(1000)
     engine.core.rest()
     engine.core.rest()

@@ -18,7 +18,7 @@ from tests.kvstore.test_disk import bytes_on_disk, key_of, open_tier, payload_of
 ROOT = Path(__file__).parents[2]
 PAGES = 60
 
-# The package without its parent, whose torch takes seconds to load: the tier needs the standard library only.
+# The package without its parent, whose torch takes seconds to load: the tier does without it.
 CHILD = f"""
 import hashlib, importlib.machinery, sys, types
 parent = types.ModuleType("kvstore"); parent.__path__ = [{str(ROOT / "kvstore")!r}]; sys.modules["kvstore"] = parent
