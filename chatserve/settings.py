@@ -160,8 +160,11 @@ class ServeSettings(BaseSettings):
         description="Main memory for histories that left the device; what goes to disk passes through it. "
         "256M on a CPU; on a GPU a quarter of the memory, at most 16G, taken at the start.",
     )
-    kv_disk_space: Annotated[Size | None, Option("Model", "BYTES", default="4G on a CPU, 0 on a GPU")] = Field(
-        None, ge=0, description="Disk space for histories, which are found there again after a restart; 0 for none."
+    kv_disk_space: Annotated[Size | None, Option("Model", "BYTES", default="by device")] = Field(
+        None,
+        ge=0,
+        description="Disk space for histories, which are found there again after a restart; 0 for none. "
+        "A quarter of what is free; at most 4G on a CPU, 64G on a GPU.",
     )
     kv_disk_path: Annotated[Path | None, Option("Model", "DIR", default="kv in the data directory")] = Field(
         None, description="Directory for these histories; one server at a time."
@@ -256,6 +259,11 @@ class ServeSettings(BaseSettings):
     def keys(self) -> tuple[ApiKey, ...]:
         """All API keys with their tenants and limits; none means that everyone is the tenant `local`."""
         return self._keys
+
+    @property
+    def kv_directory(self) -> Path:
+        """Where histories on disk lie."""
+        return self.kv_disk_path or self.data_dir / "kv"
 
     @property
     def default_limits(self) -> TenantLimits:

@@ -29,7 +29,8 @@ Failure = Literal["checksum_failed", "read_failed"]
 class Promotion:
     """The rows of `tokens` behind those of the pages `before`, which are held meanwhile, on their way up.
 
-    Those of `copies` at `unread` are read from disk first. `num_wanted` requests wait: ask `is_awaited` until it is
+    Those of `copies` at `unread` are read from disk first: `num_whole` from the first on are in host memory by now, and
+    `num_sent` of these on their way to the device. `num_wanted` requests wait: ask `is_awaited` until it is
     not, then lease, and end it. `give_up_s`: by then (`time.monotonic()`) they could have computed the rows. `is_last`:
     nothing is left below behind it. `num_arrived` pages are in the index already. `failure`: why some of what was there
     did not come. `seconds`: how long it took in all.
@@ -45,11 +46,13 @@ class Promotion:
     give_up_s: float
     is_last: bool = False
     num_wanted: int = 1
+    num_whole: int = 0
+    num_sent: int = 0
     num_arrived: int = 0
     is_over: bool = False
     failure: Failure | None = None
     seconds: float = 0.0
-    reading: list[Future[Failure | None]] = field(default_factory=list)
+    reading: deque[tuple[int, Future[Failure | None]]] = field(default_factory=deque)  # numbers of copies
     arriving: deque[tuple[slice, Transfer]] = field(default_factory=deque)  # batches of pages
 
     @property
@@ -133,11 +136,11 @@ class Promotions:
     def begin(self, promotion: Promotion) -> None:
         """Its pages, those before it and its copies are held from now on, by the caller's hand."""
         self._promotions.append(promotion)
-        if promotion.unread and self._disk is not None:
-            unread = [promotion.copies[number] for number in promotion.unread]
-            promotion.reading = [self._disk_threads.submit(_read, self._disk, copy) for copy in unread]
-        else:
-            self._copy_up(promotion)
+        if self._disk is not None:
+            jobs = [self._disk_threads.submit(_read, self._disk, promotion.copies[at]) for at in promotion.unread]
+            promotion.reading.extend(zip(promotion.unread, jobs, strict=True))
+        promotion.num_whole = promotion.unread[0] if promotion.unread else len(promotion.copies)
+        self._copy_up(promotion)
 
     def find(self, key: bytes) -> Promotion | None:
         """One that is bringing this page back already."""
@@ -152,8 +155,9 @@ class Promotions:
     def advance(self) -> None:
         """Take in what has arrived."""
         for promotion in [promotion for promotion in self._promotions if not promotion.is_over]:
-            if promotion.reading and all(job.done() for job in promotion.reading):
+            if promotion.reading:
                 self._take_read(promotion)
+                self._copy_up(promotion)
             while promotion.arriving and promotion.arriving[0][1].done():
                 self._take_batch(promotion, *promotion.arriving.popleft())
 
@@ -166,28 +170,32 @@ class Promotions:
                 self._host.abandon(copy)
 
     def _copy_up(self, promotion: Promotion) -> None:
-        """Send it in batches, of which each is used as soon as it has arrived."""
-        pages, buffers = promotion.pages.tolist(), [copy.rows for copy in promotion.copies]
-        for start in range(0, len(pages), self._batch_pages):
-            batch = slice(start, min(start + self._batch_pages, len(pages)))
-            promotion.arriving.append((batch, self._transfers.up(pages[batch], buffers[batch])))
-        if not pages:
+        """Send up what is in host memory, in batches, of which each is used as soon as it has arrived."""
+        while promotion.num_sent < promotion.num_whole:
+            end = min(promotion.num_sent + self._batch_pages, promotion.num_whole)
+            if promotion.reading and end < promotion.num_sent + self._batch_pages:
+                break
+            batch = slice(promotion.num_sent, end)
+            buffers = [copy.rows for copy in promotion.copies[batch]]
+            promotion.arriving.append((batch, self._transfers.up(promotion.pages[batch].tolist(), buffers)))
+            promotion.num_sent = end
+        if not promotion.reading and not promotion.arriving:
             self._finish(promotion)
 
     def _take_read(self, promotion: Promotion) -> None:
-        """Keep the pages before the first one that was not read well; the others are given back."""
-        failures = ["read_failed" if job.exception() else job.result() for job in promotion.reading]
-        was_read = [failure is None for failure in failures]
-        for number, is_whole in zip(promotion.unread, was_read, strict=True):
-            promotion.copies[number].is_whole = is_whole
-        promotion.reading = []
-        if all(was_read):
-            self.disk_cost.observe(len(was_read), time.monotonic() - promotion.began_s)
-        else:
-            promotion.failure = next(filter(None, failures))
-            self.counts.failed += was_read.count(False)
-            self._shorten(promotion, promotion.unread[was_read.index(False)])
-        self._copy_up(promotion)
+        """Count what was read; where a page was not read well, it and those behind it are given back in the end."""
+        while promotion.reading and promotion.reading[0][1].done():
+            number, job = promotion.reading.popleft()
+            failure = "read_failed" if job.exception() else job.result()
+            promotion.copies[number].is_whole = failure is None
+            self.counts.failed += failure is not None
+            promotion.failure = promotion.failure or failure
+            if promotion.failure is None:
+                promotion.num_whole = promotion.reading[0][0] if promotion.reading else len(promotion.copies)
+        if not promotion.reading and promotion.failure is None:
+            self.disk_cost.observe(len(promotion.unread), time.monotonic() - promotion.began_s)
+        elif not promotion.reading:
+            self._shorten(promotion, promotion.num_whole)
 
     def _shorten(self, promotion: Promotion, num_pages: int) -> None:
         self._pool.unref(promotion.pages[num_pages:])
@@ -202,7 +210,7 @@ class Promotions:
             self.host_cost.observe(batch.stop - batch.start, transfer.seconds)
             promotion.num_arrived = batch.stop
             self._index(promotion)
-        if not promotion.arriving:
+        if not promotion.reading and not promotion.arriving:
             self._finish(promotion)
 
     def _finish(self, promotion: Promotion) -> None:

@@ -28,9 +28,10 @@ from kvstore.promotion import Promotion, Promotions
 from kvstore.transfer import Transfers
 
 UNUSED_SHARE = 3 / 4  # of the device: when less can be handed out, pages go down beside the steps
-PART_BATCHES = 16  # a promotion brings at most so many batches, and reads at most one from disk: then rates are known
+PART_BATCHES = 16  # a promotion brings at most so many batches
+READ_BATCHES = 4  # of which at most so many are read from disk, and one before it is known how long that takes
 PATIENCE_S = 0.5  # how much longer than computing them it may take to bring rows back
-NUM_DISK_THREADS = 4
+NUM_DISK_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,11 +309,12 @@ class Tiers:
     def _collect(self, found: Sequence[NamedPage]) -> tuple[list[HostPage], list[int]]:
         """Held host pages for as many as one promotion brings and there is room for, and which of them to read."""
         batch_pages = max(1, self.transfers.batch_bytes // self.layout.page_bytes)
+        most_unread = batch_pages * (READ_BATCHES if self.promotions.disk_cost.is_known else 1)
         copies: list[HostPage] = []
         unread: list[int] = []
         for page in found[: PART_BATCHES * batch_pages]:
             copy = self.host.pin(page.key)
-            if copy is None and len(unread) < batch_pages and (copy := self._reserve_to_read(page)) is not None:
+            if copy is None and len(unread) < most_unread and (copy := self._reserve_to_read(page)) is not None:
                 unread.append(len(copies))
             if copy is None:
                 break

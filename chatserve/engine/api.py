@@ -108,7 +108,8 @@ Progress = Started | Tokens | Resumed | Finished
 class EngineInfo:
     """What the engine found when it started. `max_context` bounds prompt and reply of one session, in tokens.
 
-    `has_tiers`: histories that leave the device go to host memory or disk. `max_running` requests run at a time.
+    Histories that leave the device go to `host_bytes` of host memory and from there to `disk_bytes` of disk, 0 for
+    none. `max_running` requests run at a time.
     """
 
     model: str
@@ -120,8 +121,14 @@ class EngineInfo:
     device: str
     dtype: str
     attention: str
-    has_tiers: bool = False
+    host_bytes: int = 0
+    disk_bytes: int = 0
     max_running: int = 64
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether a history that leaves the device goes anywhere."""
+        return self.host_bytes > 0
 
 
 class Engine(Protocol):

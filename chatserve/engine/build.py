@@ -18,7 +18,13 @@ import torch
 from chatserve.engine.api import EngineInfo
 from chatserve.engine.config import EngineConfig
 from chatserve.engine.core import EngineCore
-from chatserve.engine.defaults import default_limits, host_kv_bytes, tier_bytes, usable_memory_bytes
+from chatserve.engine.defaults import (
+    default_limits,
+    disk_tier_bytes,
+    host_kv_bytes,
+    host_tier_bytes,
+    usable_memory_bytes,
+)
 from chatserve.engine.planning import eviction_policy, start_planner
 from chatserve.engine.runner import Runner, TorchRunner
 from chatserve.errors import StartupError
@@ -149,6 +155,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         ahead_tokens=backend.ahead_tokens,
         plan_evictions=partial(start_planner, store=store, policy=policy),
     )
+    stats = store.stats()
     info = EngineInfo(
         model=config.model,
         max_context=core.max_context,
@@ -159,7 +166,8 @@ def build(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         device=backend.device.type,
         dtype=str(dtype).removeprefix("torch."),
         attention=runner.attention_name,
-        has_tiers=store.tiers is not None,
+        host_bytes=stats.host_budget_bytes,
+        disk_bytes=stats.disk_budget_bytes,
         max_running=limits.max_running,
     )
     return core, info
@@ -253,9 +261,11 @@ def _store(
 
 def _below(config: EngineConfig, layout: KVLayout, memory: VirtualMemory, backend: Backend) -> Below | None:
     """The tiers below the device; raises StartupError where they cannot be as the operator wants them."""
-    by_default = tier_bytes(backend.device.type)
-    host_bytes = by_default[0] if config.kv_host_bytes is None else config.kv_host_bytes
-    disk_bytes = by_default[1] if config.kv_disk_bytes is None else config.kv_disk_bytes
+    host_bytes, disk_bytes = config.kv_host_bytes, config.kv_disk_bytes
+    if host_bytes is None:
+        host_bytes = host_tier_bytes(backend.device.type)
+    if disk_bytes is None:
+        disk_bytes = _disk_bytes(backend.device.type, Path(config.kv_disk_path))
     if not (host_bytes or disk_bytes):
         return None
     least = MIN_HOST_PAGES * layout.page_bytes
@@ -269,6 +279,13 @@ def _below(config: EngineConfig, layout: KVLayout, memory: VirtualMemory, backen
         raise StartupError(f"--kv-host-memory {host_bytes} is more than this machine can spare; give at most {most}")
     open_disk = partial(_open_disk, Path(config.kv_disk_path), disk_bytes) if disk_bytes else None
     return Below(backend.buffers(host_bytes, layout.page_bytes), backend.transfers(memory), open_disk)
+
+
+def _disk_bytes(device: str, directory: Path) -> int:
+    disk_bytes = disk_tier_bytes(device, directory)
+    if not disk_bytes:
+        logger.warning("histories will not survive a restart: %s has next to no room; see --kv-disk-space", directory)
+    return disk_bytes
 
 
 def _open_disk(directory: Path, budget_bytes: int, fingerprint: bytes, page_bytes: int) -> DiskTier:

@@ -6,14 +6,17 @@ Plain arithmetic on what the system reports; it imports neither torch nor CUDA.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 MAX_HOST_KV_BYTES = 4 << 30
 GPU_KV_PERCENT = 90
 CPU_HOST_BYTES = 256 << 20  # copies on their way to disk; the device tier is main memory already
-CPU_DISK_BYTES = 4 << 30
 GPU_HOST_BYTES = 16 << 30  # at most; 130,000 tokens of an 8B model
+CPU_DISK_BYTES = 4 << 30  # at most
+GPU_DISK_BYTES = 64 << 30  # at most
+LEAST_DISK_PART = 64  # less than such a part of these is not worth having
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -47,11 +50,18 @@ def usable_memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def tier_bytes(device: str) -> tuple[int, int]:
-    """Host memory and disk space for histories below a device of this type."""
-    if device == "cpu":
-        return CPU_HOST_BYTES, CPU_DISK_BYTES
-    return min(usable_memory_bytes() // 4, GPU_HOST_BYTES), 0
+def host_tier_bytes(device: str) -> int:
+    """Host memory for histories below a device of this type."""
+    return CPU_HOST_BYTES if device == "cpu" else min(usable_memory_bytes() // 4, GPU_HOST_BYTES)
+
+
+def disk_tier_bytes(device: str, directory: Path) -> int:
+    """Disk space for histories in this directory: a quarter of what it could have; 0 where that is next to nothing."""
+    most = CPU_DISK_BYTES if device == "cpu" else GPU_DISK_BYTES
+    exists = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    taken = sum(file.stat().st_size for file in directory.glob("*") if file.is_file())
+    share = (shutil.disk_usage(exists).free + taken) // 4
+    return min(most, share) if share >= most // LEAST_DISK_PART else 0
 
 
 def gpu_kv_bytes(free_bytes: int) -> int:

@@ -95,7 +95,7 @@ def engine_config(settings: ServeSettings) -> EngineConfig:
         kv_device_bytes=settings.kv_device_memory,
         kv_host_bytes=settings.kv_host_memory,
         kv_disk_bytes=settings.kv_disk_space,
-        kv_disk_path=str(settings.kv_disk_path or settings.data_dir / "kv"),
+        kv_disk_path=str(settings.kv_directory),
         max_context=settings.max_context,
         log_level=settings.log_level,
         log_format=settings.log_format,

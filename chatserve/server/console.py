@@ -53,6 +53,7 @@ def summary(url: str, settings: ServeSettings, info: EngineInfo) -> list[tuple[s
         ("Model", f"{info.model} on {info.device} in {info.dtype}, up to {info.max_context:,} tokens a session"),
         ("Attention", info.attention),
         ("Capacity", f"{info.capacity_tokens:,} tokens of history on the device ({_kv_size(info)})"),
+        ("Tiers", _tiers(settings, info)),
         ("Sessions", f"kept in {'the Redis given' if settings.redis_url else settings.data_dir.resolve()}"),
         ("Auth", _auth(settings)),
     ]
@@ -60,6 +61,14 @@ def summary(url: str, settings: ServeSettings, info: EngineInfo) -> list[tuple[s
 
 def _kv_size(info: EngineInfo) -> str:
     return f"{info.capacity_tokens * info.token_bytes / (1 << 20):,.0f} MiB, {info.token_bytes:,} bytes a token"
+
+
+def _tiers(settings: ServeSettings, info: EngineInfo) -> str:
+    if not info.has_tiers:
+        return "none: a history that leaves the device is computed again"
+    host, disk = (f"{size / (1 << 30):,.2f} GiB" for size in (info.host_bytes, info.disk_bytes))
+    on_disk = f"{disk} of disk in {settings.kv_directory}" if info.disk_bytes else "no disk"
+    return f"below it {host} of main memory, {on_disk}"
 
 
 def _auth(settings: ServeSettings) -> str:

@@ -1,6 +1,6 @@
 """A crash-safe store of KV pages on local disk, below device and host memory.
 
-It needs nothing but a checksum beyond the standard library, and knows neither the rest of `kvstore` nor what its keys stand for:
+It needs the standard library and a fast checksum, and knows neither the rest of `kvstore` nor what its keys stand for:
 
     with DiskTier(directory, budget_bytes=64 << 30, fingerprint=b"model and weights", page_bytes=8 << 20) as tier:
         tier.put([(key, payload)])           # durable when it returns

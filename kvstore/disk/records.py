@@ -3,8 +3,7 @@
     segment header | record header, payload, zeros to 64 bytes | ... | footer, in full segments only
 
 All integers are little-endian. Everything but the payload of a record carries its own checksum; the payload's stands in
-its record's header. Checksums are CRC-32 as zlib has it, from a library that computes it twenty times faster. It does no
-I/O.
+its record's header. Checksums are zlib's CRC-32, from a library that computes them many times faster. It does no I/O.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from threading import Event
 
 import numpy as np
 import pytest
@@ -99,6 +100,40 @@ def test_a_slow_disk_leaves_its_part_to_be_computed(tmp_path, disk_page_s, expec
     assert len(promotion.pages) == expected
     until_over(store, promotion)
     store.end_promotion(promotion)
+    store.close()
+
+
+@pytest.mark.parametrize("failing", [None, 5], ids=["whole", "one_bad"])
+def test_pages_go_up_while_others_are_read(tmp_path, monkeypatch, failing):
+    """What was read is in the index while the disk is still busy; behind a page that was read badly nothing comes."""
+    monkeypatch.setattr(FileTransfers, "batch_bytes", 2 * PAGE_BYTES)
+    store = tiered_store(tmp_path / "kv")
+    run_turn(store, "s", b"t", TOKENS)
+    settle_all(store)
+    store.close()
+    store = tiered_store(tmp_path / "kv", pages=24)
+    store.tiers.promotions.disk_cost.observe(1, 1e-6)  # a disk that is known: several batches at a time
+    keys, read, may_go_on = store.tiers.keys.of_path(b"t", np.array(TOKENS, np.int32)), store.tiers.disk.read, Event()
+
+    def read_slowly(key, buffer):
+        number = keys.index(key)
+        assert number < 4 or may_go_on.wait(10)
+        return None if number == failing else read(key, buffer)
+
+    monkeypatch.setattr(store.tiers.disk, "read", read_slowly)
+    promotion = promote(store)
+    assert len(promotion.unread) == 8
+    deadline_s = time.monotonic() + 10
+    while promotion.num_arrived < 4 and time.monotonic() < deadline_s:
+        store.tend()
+        store.check_integrity()
+    assert (promotion.num_arrived, promotion.is_over) == (4, False)
+    may_go_on.set()
+    until_over(store, promotion)
+    assert promotion.num_arrived == (8 if failing is None else failing)
+    assert promotion.failure == (None if failing is None else "read_failed")
+    store.end_promotion(promotion)
+    store.check_integrity()
     store.close()
 
 

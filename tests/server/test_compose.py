@@ -1,5 +1,7 @@
 """Starting fails early and clearly, and leaves nothing behind."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from chatserve.engine import defaults
@@ -76,3 +78,19 @@ def test_defaults_by_device(tmp_path, monkeypatch):
     assert 0 < defaults.host_kv_bytes() <= 4 << 30
     assert defaults.gpu_kv_bytes(100 << 30) == 90 << 30
     assert defaults.default_limits("cpu").max_running < defaults.default_limits("cuda").max_running
+
+
+def test_disk_space_by_default(monkeypatch, tmp_path):
+    """A quarter of what is free, its own files included, up to a bound by device; none where that is next to none."""
+    free = {"bytes": 1 << 40}
+    monkeypatch.setattr(defaults.shutil, "disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
+    directory = tmp_path / "data" / "kv"
+    assert defaults.disk_tier_bytes("cpu", directory) == 4 << 30
+    assert defaults.disk_tier_bytes("cuda", directory) == 64 << 30
+    free["bytes"] = 8 << 30
+    assert defaults.disk_tier_bytes("cuda", directory) == 2 << 30
+    directory.mkdir(parents=True)
+    (directory / "00000001.seg").write_bytes(bytes(1 << 20))
+    assert defaults.disk_tier_bytes("cuda", directory) == (2 << 30) + (1 << 18)
+    free["bytes"] = 3 << 30
+    assert defaults.disk_tier_bytes("cuda", directory) == 0
