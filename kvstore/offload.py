@@ -6,6 +6,7 @@ may be gone, or saved. It knows neither tokens nor who wants pages back.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -19,6 +20,8 @@ from kvstore.pool import PagePool
 from kvstore.transfer import Transfer, Transfers
 
 HELD_SHARE = 8  # at most one page in so many is held because it is on its way down
+WRITE_BYTES = 32 << 20  # at a time: for so long others wait who make something durable on that disk, like a log
+REST = 2.0  # times as long as a write took, the disk is left to others
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Writing:
 
     copies: list[HostPage]
     job: Future[int]
+    began_s: float
 
 
 class Offloads:
@@ -64,6 +68,7 @@ class Offloads:
         self._transfers = transfers
         self._disk_thread = disk_thread
         self._batch_pages = max(1, transfers.batch_bytes // page_bytes)
+        self._write_pages = max(1, WRITE_BYTES // page_bytes)
         self._max_pages = max(1, min(transfers.max_batches * self._batch_pages, pool.capacity_pages // HELD_SHARE))
         self._named = named
         self._is_below = is_below
@@ -71,6 +76,7 @@ class Offloads:
         self._to_write: deque[bytes] = deque()  # keys, perhaps forgotten since
         self._offloads: deque[Offload] = deque()
         self._writing: Writing | None = None
+        self._rested_s = 0.0  # by then the next write may begin
 
     @property
     def is_moving(self) -> bool:
@@ -80,7 +86,12 @@ class Offloads:
     @property
     def is_done(self) -> bool:
         """Whether all that was queued has gone as far down as it can."""
-        return not (self.is_moving or self._to_offload or (self._disk and self._to_write))
+        return not (self.is_moving or self._to_offload or self.is_behind)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something in host memory is to be written yet, now or when the disk has rested."""
+        return self._disk is not None and bool(self._to_write)
 
     @property
     def held_pages(self) -> list[PageArray]:
@@ -91,15 +102,23 @@ class Offloads:
         """This page should go down, after those queued before."""
         self._to_offload.append(page)
 
-    def tend(self, *, may_begin: bool) -> None:
-        """Take in what has arrived and send what should go; from the device only where that `may_begin` now."""
+    def tend(self, *, may_begin: bool, in_haste: bool = False) -> None:
+        """Take in what has arrived and send what should go; from the device only where that `may_begin` now.
+
+        `in_haste`: the disk has not to rest.
+        """
         while self._offloads and self._offloads[0].transfer.done():
             self._finish_offload(self._offloads.popleft())
         self._finish_writing()
         while may_begin and self._begin_offload():
             pass
-        if self._writing is None and self._disk is not None:
+        if self._writing is None and self._disk is not None and (in_haste or self._may_write):
             self._begin_writing(self._disk)
+
+    @property
+    def _may_write(self) -> bool:
+        """Whether the disk has rested, or host memory is half full of what is not on it."""
+        return time.monotonic() >= self._rested_s or len(self._to_write) > self._host.num_slots // 2
 
     def _begin_offload(self) -> bool:
         """Send the next batch; False where there is none, no memory for it, or enough on its way."""
@@ -139,19 +158,21 @@ class Offloads:
 
     def _begin_writing(self, disk: DiskTier) -> None:
         copies: list[HostPage] = []
-        while self._to_write and len(copies) < self._batch_pages:
+        while self._to_write and len(copies) < self._write_pages:
             key = self._to_write.popleft()
             if not disk.contains(key) and (copy := self._host.pin(key)) is not None:
                 copies.append(copy)
         if copies:
             records = [(copy.key, copy.rows.data) for copy in copies]
-            self._writing = Writing(copies, self._disk_thread.submit(_put, disk, records))
+            self._writing = Writing(copies, self._disk_thread.submit(_put, disk, records), time.monotonic())
 
     def _finish_writing(self) -> None:
         writing = self._writing
         if writing is None or not writing.job.done():
             return
         self._writing = None
+        now_s = time.monotonic()
+        self._rested_s = now_s + REST * (now_s - writing.began_s)
         for copy in writing.copies:
             self._host.unpin(copy)
         num_written = 0 if writing.job.exception() else writing.job.result()

@@ -162,7 +162,7 @@ class KVStore:
         return self.tiers.take_sources([*match.pages.tolist(), *boundary], match.num_tokens)
 
     def tend(self, *, idle: bool = False, busy_s: float = 0.0) -> bool:
-        """Take care of what moves between tiers, once a step; whether anything is on its way.
+        """Take care of what moves between tiers, once a step; whether there is more to do soon.
 
         `idle`: nothing runs. `busy_s`: for about so long the device is busy with what it was given.
         """
@@ -170,7 +170,7 @@ class KVStore:
             return False
         self.tiers.tend(idle=idle, busy_s=busy_s)
         self._forgetter.tend()
-        return self.tiers.is_moving or self._forgetter.is_busy
+        return self.tiers.is_busy or self._forgetter.is_busy
 
     def note_computed(self, num_tokens: int, seconds: float) -> None:
         """So many tokens of prompts were computed in that time; what is quicker computed is not brought back."""

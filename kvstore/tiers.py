@@ -81,8 +81,13 @@ class Tiers:
 
     @property
     def is_moving(self) -> bool:
-        """Whether anything is on its way; `tend` has more to do soon."""
+        """Whether anything is on its way."""
         return self.offloads.is_moving or self.promotions.is_moving
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether `tend` has more to do soon."""
+        return self.is_moving or self.offloads.is_behind
 
     def indexed(self, salt: bytes, tokens: TokenArray, pages: PageArray, num_known: int) -> None:
         """The pages of a path from `num_known` on are in the index since now."""
@@ -130,14 +135,14 @@ class Tiers:
                 counts[source] += min(end, num_tokens) - start
         return counts
 
-    def tend(self, *, idle: bool = False, busy_s: float = 0.0) -> None:
+    def tend(self, *, idle: bool = False, busy_s: float = 0.0, in_haste: bool = False) -> None:
         """Take in what has arrived and send what should go; quick, once a step. `idle`: nobody needs the device.
 
-        `busy_s`: for about so long it is busy with what it was given.
+        `busy_s`: for about so long it is busy with what it was given. `in_haste`: the disk has not to rest.
         """
         self.transfers.pace(busy_s)
         self.promotions.advance()
-        self.offloads.tend(may_begin=idle or self._is_short)
+        self.offloads.tend(may_begin=idle or self._is_short, in_haste=in_haste)
 
     def promote(self, salt: bytes, tokens: TokenArray) -> Promotion | None:
         """Begin to bring back the next part of a history behind what is in the index.
@@ -196,7 +201,7 @@ class Tiers:
     def flush(self, deadline_s: float) -> bool:
         """Send down all there is, until it is there or `time.monotonic()` passes the deadline; whether it is."""
         while time.monotonic() < deadline_s:
-            self.tend(idle=True)
+            self.tend(idle=True, in_haste=True)
             if self.offloads.is_done and not self.is_moving:
                 return True
             time.sleep(0.0005)
@@ -204,7 +209,7 @@ class Tiers:
 
     def figures(self) -> dict[str, int]:
         """The tiers' part of `KVStats`."""
-        counts, disk = self.promotions.counts, self.disk.stats() if self.disk else None
+        counts, disk = self.promotions.counts, None if self.disk is None else self.disk.stats()
         return {
             "host_bytes": len(self.host) * self.layout.page_bytes,
             "host_budget_bytes": self.host.num_slots * self.layout.page_bytes,

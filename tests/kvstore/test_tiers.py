@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstore import KVStore, OutOfPages
+from kvstore import KVStore, OutOfPages, offload
 from kvstore.buffers import PlainBuffers
 from kvstore.disk import DiskTier
 from kvstore.host import HostTier
@@ -133,6 +133,30 @@ def test_histories_survive_a_restart_on_disk(tmp_path):
     assert returning_turn(second, "s", b"t", [*tokens, 3]) == 150
     assert second.tiers.promotions.counts.disk > 10
     second.close()
+
+
+def test_an_empty_disk_is_a_tier_too(tmp_path):
+    """What may be stored there is said before anything is."""
+    store = tiered_store(tmp_path / "kv")
+    assert (store.stats().disk_bytes, store.stats().disk_budget_bytes) == (0, 64 << 20)
+    store.close()
+
+
+@pytest.mark.parametrize("host_pages", [40, 8], ids=["room", "half_full"])
+def test_the_disk_rests_between_writes(tmp_path, monkeypatch, host_pages):
+    """Others who use the disk get most of its time, but where host memory fills up or the server ends."""
+    monkeypatch.setattr(offload, "WRITE_BYTES", 2 * PAGE_BYTES)
+    monkeypatch.setattr(offload, "REST", 1e6)
+    store = tiered_store(tmp_path / "kv", host_pages=host_pages)
+    run_turn(store, "s", b"t", list(range(80)))  # 8 pages
+    until_s = time.monotonic() + 0.3
+    while time.monotonic() < until_s:
+        assert store.tend(idle=True)  # there is more to do
+    assert 2 <= store.stats().written_pages == (2 if host_pages == 40 else 4)
+    assert not store.is_moving
+    settle_all(store)
+    assert store.stats().written_pages == store.stats().offloaded_pages
+    store.close()
 
 
 def test_a_flipped_byte_on_disk_is_recomputed(tmp_path):
