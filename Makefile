@@ -50,9 +50,10 @@ clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Where pip is missing (Debian's python3-venv) the interpreter is there all the same, and would pass for a whole environment.
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV); the first time this downloads torch and takes a few minutes."

@@ -1,4 +1,4 @@
-"""compose.yaml on a real engine: a copy of what a fresh clone has, built and started under a name of its own."""
+"""compose.yaml on a real engine: a fresh clone, built and started under a name of its own."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ def _succeeds(command: list[str]) -> bool:
     return found and subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
-def copy_clone(target: Path) -> None:
-    """Copy the files that git knows or would add."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in filter(None, set(listed.stdout.split("\0"))):
-        source = ROOT / name
-        if source.is_file():
+def fresh_clone(target: Path) -> None:
+    """A `git clone` of this repository in the empty directory `target`, with what is not committed yet."""
+    _git("clone", "--quiet", str(ROOT), str(target))
+    changed = _git("diff", "--no-renames", "--name-only", "-z", "HEAD")
+    added = _git("ls-files", "-z", "--others", "--exclude-standard")
+    for name in filter(None, (changed + added).split("\0")):
+        (target / name).unlink(missing_ok=True)
+        if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target / name)
+            shutil.copy(ROOT / name, target / name)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 class ComposeProject:

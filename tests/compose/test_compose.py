@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 
 from chatserve.client import ChatClient
 from chatserve.protocol.events import TERMINAL_EVENTS
-from tests.compose.project import SERVICE, ComposeProject, compose_command, copy_clone
+from tests.compose.project import SERVICE, ComposeProject, compose_command, fresh_clone
 from tests.e2e.talking import new_session, reply_to
 from tests.page.conftest import BROWSERS
 
@@ -34,7 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeProject
     if command is None:
         pytest.skip("no container engine with compose answers here")
     clone = tmp_path_factory.mktemp("clone")
-    copy_clone(clone)
+    fresh_clone(clone)
     made = ComposeProject(command, clone)
     try:
         made.up("--build")
@@ -53,7 +53,7 @@ def test_page_and_completions_are_served(project):
 
 
 def test_page_answers_in_a_browser(project):
-    """A person opens the page, says a name, and the answer repeats it; nothing is refused or fails in the page."""
+    """A person opens the page and says a name; the answer repeats it and says what it cost, and nothing fails."""
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"no browser on PATH: none of {', '.join(BROWSERS)}")
@@ -65,6 +65,7 @@ def test_page_answers_in_a_browser(project):
         page.locator("textarea").first.fill(NAME)
         page.keyboard.press("Enter")
         page.get_by_role("log").get_by_text("Zorvin").nth(1).wait_for(timeout=10_000)
+        page.get_by_role("log").get_by_text("to first token").wait_for(timeout=10_000)
     assert faults == []
 
 

@@ -40,4 +40,4 @@ def test_defaults_of_compose_are_taken(monkeypatch):
     monkeypatch.setenv("CHATSERVE_HOST", "0.0.0.0")
     settings = ServeSettings()
     assert (settings.keys, settings.device, settings.model) == ((), "cuda", "bundled")
-    assert settings.kv_disk_space == 32 << 30
+    assert settings.redis_url == "redis://redis:6379/0"

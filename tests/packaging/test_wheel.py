@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from chatserve.client import ChatClient
-from tests.compose.project import copy_clone
+from tests.compose.project import fresh_clone
 from tests.e2e.talking import new_session, reply_to
 from tests.live import free_port
 
@@ -28,7 +28,7 @@ NO_NODE = "/usr/sbin:/sbin"  # nothing of ours, no compiler, no node
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an sdist made from what a fresh clone has, and a wheel made from that sdist."""
     clone, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("dist")
-    copy_clone(clone)
+    fresh_clone(clone)
     run([sys.executable, "-m", "build", "--outdir", str(out), str(clone)])
     return out
 
