@@ -22,11 +22,15 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,11}")
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """What one tenant may use: sessions in all, turns at a time, tokens computed a minute. None is no limit."""
+    """What one tenant may use: sessions in all, turns at a time, tokens computed a minute. None is no limit.
+
+    Among histories as likely to be wanted, those of a higher `priority` are kept; None is 0.
+    """
 
     sessions: int | None = None
     turns: int | None = None
     tokens_per_minute: int | None = None
+    priority: int | None = None
 
     def over(self, defaults: TenantLimits) -> TenantLimits:
         """These limits, and the defaults for what they leave open."""

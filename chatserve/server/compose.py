@@ -60,7 +60,16 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         report("Taking up the sessions")
         limits = SessionLimits(resume_ttl_s=settings.resume_ttl_s)
         limited = limited_engine(engine, settings)
-        sessions = SessionManager(store, limited, text, records, limits, on_response=metrics.note_response)
+        priorities = {key.tenant: key.limits.priority or 0 for key in settings.keys}
+        sessions = SessionManager(
+            store,
+            limited,
+            text,
+            records,
+            limits,
+            on_response=metrics.note_response,
+            priority_of=lambda tenant: priorities.get(tenant, 0),
+        )
         stack.push_async_callback(sessions.close)
         await sessions.start()
         hub = Hub(max_connections=settings.max_connections, max_key_connections=settings.max_key_connections)

@@ -65,6 +65,7 @@ class SessionManager:
     """The sessions of one process. Every method that takes a tenant raises NotFound for a session of another.
 
     All errors are `ServiceError`s. `clock` gives seconds since 1970; `on_response` is told of each response's end.
+    `priority_of` a tenant's sessions: where memory is short, what has more is kept longer.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class SessionManager:
         *,
         clock: Callable[[], float] = time.time,
         on_response: Callable[[dict[str, Any]], None] = lambda _: None,
+        priority_of: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self._store = store
         self._engine = engine
         self._records = records
         self._limits = limits
         self._clock = clock
+        self._priority_of = priority_of
         self._tasks = TaskGroup()
         self._trimmer = LogTrimmer(store, limits)
         self._tools = TurnTools(engine, text, store, limits, on_response)
@@ -400,6 +403,7 @@ class SessionManager:
             turns=sum(message.role == "user" for message in live.messages.values()),
             tokens=num_tokens,
             think_time_s=live.think_time_s,
+            priority=self._priority_of(live.meta.tenant),
             typing=False,
         )
 

@@ -78,14 +78,15 @@ def test_keys_file(tmp_path):
     file = tmp_path / "keys"
     digest = hash_key("carols-key-3")
     file.write_text(
-        f"# who may\n\nalice=alices-key turns=4 sessions=10\n  carol=sha256:{digest.hex()}  tokens_per_minute=500\n"
+        "# who may\n\nalice=alices-key turns=4 sessions=10\n"
+        f"  carol=sha256:{digest.hex()}  tokens_per_minute=500 priority=2\n"
     )
     settings = load_settings({"api_keys": ("bob=bobs-key-2",), "api_keys_file": str(file), "key_max_turns": "2"})
     limits = {key.tenant: key.limits for key in settings.keys}
     assert limits == {
         "bob": TenantLimits(None, 2, None),
         "alice": TenantLimits(10, 4, None),
-        "carol": TenantLimits(None, 2, 500),
+        "carol": TenantLimits(None, 2, 500, 2),
     }
     assert {key.digest for key in settings.keys} >= {digest, hash_key("alices-key")}
     assert "alices-key" not in repr(settings)

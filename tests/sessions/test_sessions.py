@@ -242,10 +242,11 @@ async def test_a_session_in_use_stays_in_memory(stage: Stage) -> None:
 
 
 async def test_eviction_learns_what_it_needs(stage: Stage) -> None:
-    """Turns, tokens, pauses and typing are recorded."""
+    """Turns, tokens, pauses, typing and the tenant's priority are recorded."""
     now = [1000.0]
     chat = await stage.start(FakeEngine(saying("One", "Two")))
     chat.manager._clock = lambda: now[0]
+    chat.manager._priority_of = {"t": 3}.get
     session_id = await chat.create()
     await chat.ask(session_id, "a")
     await chat.manager.typing("t", session_id)
@@ -259,6 +260,7 @@ async def test_eviction_learns_what_it_needs(stage: Stage) -> None:
     record = stage.records.touched[session_id]
     assert (record["turns"], record["typing"], record["last_activity_s"]) == (2, False, 1030.0)
     assert record["think_time_s"] == pytest.approx(30.0)
+    assert record["priority"] == 3
     assert record["tokens"] == (await chat.state(session_id))["context"]["used_tokens"]
 
 
