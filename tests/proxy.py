@@ -1,4 +1,7 @@
-"""A TCP proxy that breaks one connection at a message boundary of a WebSocket conversation and passes others on."""
+"""A TCP proxy that breaks one connection at a message boundary of a WebSocket conversation and passes others on.
+
+Told to, it falls silent: lines stay up and carry nothing, as where a network forgets its connections.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,15 @@ class Fault:
 
 
 class Frames:
-    """Bytes of one direction as what they carry: (bytes, whether they are a message). First the HTTP header."""
+    """Bytes of one direction as what they carry: (bytes, whether they are a message). First the HTTP header.
+
+    What follows a header that asks for no WebSocket is passed on as it comes.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._is_open = False
+        self._is_plain = False
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, bool]]:
         """What is whole by now."""
@@ -40,13 +47,16 @@ class Frames:
         while size := self._next_size():
             unit = bytes(self._buffer[:size])
             del self._buffer[:size]
-            yield unit, self._is_open and unit[0] & 0x0F in (1, 2)
+            yield unit, self._is_open and not self._is_plain and unit[0] & 0x0F in (1, 2)
+            self._is_plain = self._is_plain or not (self._is_open or b"upgrade: websocket" in unit.lower())
             self._is_open = True
 
     def _next_size(self) -> int:
         """Bytes of the first unit in the buffer; 0 while it is not whole."""
         if not self._is_open:
             return self._buffer.find(b"\r\n\r\n") + 4 if b"\r\n\r\n" in self._buffer else 0
+        if self._is_plain:
+            return len(self._buffer)
         if len(self._buffer) < 2:
             return 0
         size = self._buffer[1] & 0x7F
@@ -65,6 +75,14 @@ class Line:
         self.fault = fault
         self._writers = writers
         self._may_pass = asyncio.Event()
+        self._may_pass.set()
+
+    def pause(self) -> None:
+        """Carry nothing in either direction, and close nothing."""
+        self._may_pass.clear()
+
+    def go_on(self) -> None:
+        """Carry what has come meanwhile, and what comes."""
         self._may_pass.set()
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -96,11 +114,11 @@ class Line:
         elif kind == "reset":
             self.reset()
         elif kind == "stall":
-            self._may_pass.clear()
+            self.pause()
         elif kind == "delay":
-            self._may_pass.clear()
+            self.pause()
             await asyncio.sleep(DELAY_S)
-            self._may_pass.set()
+            self.go_on()
 
     def reset(self) -> None:
         """End both sides with RST."""
@@ -120,6 +138,7 @@ class Proxy:
         self._target = host, int(port)
         self._fault = fault
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_dead: int | None = None
         self.lines: list[Line] = []
         self.url = ""
 
@@ -138,10 +157,25 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def silence(self) -> None:
+        """The lines that are there never carry anything again, and new ones nothing for now."""
+        self._num_dead = len(self.lines)
+        for line in self.lines:
+            line.pause()
+
+    def heal(self) -> None:
+        """New lines work, also those that were begun in the silence."""
+        begun = self.lines[self._num_dead :]
+        self._num_dead = None
+        for line in begun:
+            line.go_on()
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, out = await asyncio.open_connection(*self._target)
         line = Line([writer, out], self._fault if not self.lines else None)
         self.lines.append(line)
+        if self._num_dead is not None:
+            line.pause()
         for source, sink in ((reader, out), (there, writer)):
             task = asyncio.create_task(self._carry(line, source, sink))
             self._tasks.add(task)

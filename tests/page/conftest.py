@@ -1,10 +1,11 @@
-"""A browser, and one live server with the bundled model for all of its tests."""
+"""A browser, and one live server with the bundled model, for all tests of the page: each takes seconds to start."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,28 @@ class Home:
         assert answer.is_success, answer.text
         return answer.json()
 
+    def import_session(self, *texts: str, title: str = "Imported", state: str = "complete") -> str:
+        """A session in which this was said in turns, the last of it as `state` says; returns its address."""
+        roles = ["user", "assistant"] * len(texts)
+        messages = [
+            {"id": f"m{at}", "role": role, "text": text}
+            for at, (role, text) in enumerate(zip(roles, texts, strict=False))
+        ]
+        for before, message in pairwise(messages):
+            message["parent_id"] = before["id"]
+        messages[-1]["state"] = state
+        document = {"format": "chatserve.session", "version": 1, "model": {"id": "other", "vocab_size": 7}}
+        body = {**document, "session": {"title": title}, "messages": messages}
+        return self.address(self.ask("POST", "/v1/sessions/import", body)["id"])
+
     def long_session(self, num_tokens: int, title: str = "Long") -> str:
         """A session whose replies have so many tokens; returns its address."""
         params = {"ignore_eos": True, "max_output_tokens": num_tokens, "temperature": 0}
-        session = self.ask("POST", "/v1/sessions", {"title": title, "params": params})
-        return f"{self.url}/#/s/{session['id']}"
+        return self.address(self.ask("POST", "/v1/sessions", {"title": title, "params": params})["id"])
+
+    def address(self, session_id: str) -> str:
+        """Where the page shows this session."""
+        return f"{self.url}/#/s/{session_id}"
 
     def messages(self, address: str) -> list[dict[str, Any]]:
         """The messages of the session that an address of the page shows."""
@@ -54,8 +72,14 @@ class Home:
         messages: list[dict[str, Any]] = snapshot["messages"]
         return messages
 
+    def end_reply(self, address: str) -> None:
+        """End the session's reply, if one is still running."""
+        path = f"/v1/sessions/{address.rpartition('/')[2]}"
+        if active := self.ask("GET", path)["active_response"]:
+            self.ask("POST", f"{path}/responses/{active['id']}/cancel")
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture(scope="package")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """The server."""
     home = Home(tmp_path_factory.mktemp("page") / "data")
@@ -63,7 +87,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     home.kill()  # its data is thrown away: no need to wait until it is saved
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
 async def browser() -> AsyncIterator[Browser]:
     """A browser of this machine; the tests are skipped where there is none."""
     path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -75,7 +99,7 @@ async def browser() -> AsyncIterator[Browser]:
         await browser.close()
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="package")
 async def open_page(browser: Browser) -> AsyncIterator[OpenPage]:
     """Opens a page with a storage of its own. Errors in scripts and breaches of the policy fail the test."""
     contexts, problems = [], []

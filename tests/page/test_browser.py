@@ -5,60 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Page, expect
 
 from chatserve.server.services import Timeouts
 from chatserve.settings import load_settings
-from tests.page.conftest import TIMEOUT_MS, Home
+from tests.page.acts import CAT, LONG, begun, choose, done, field, replies, say, shown
+from tests.page.conftest import Home
 from tests.server.conftest import serving
 from tests.server.fakes import FakeEngine
 
-# One browser, and so one event loop, for all of this module: starting a browser costs more than most tests here.
-pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
-AXE = (Path(__file__).parent / "data" / "axe.min.js").read_text()
-CAT = "My cat is called Momo."
+pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="package")]
 EVIL = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script><b>x</b>"
-RICH = "# Head\n\n> quote\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n```python\nx = 'y' # z\n```"
-LONG = 500  # tokens, which take some seconds
-expect.set_options(timeout=TIMEOUT_MS)
-
-
-def field(page: Page) -> Locator:
-    return page.get_by_label("Message", exact=True)
-
-
-def replies(page: Page) -> Locator:
-    return page.locator("article.assistant")
-
-
-async def say(page: Page, text: str) -> None:
-    await field(page).fill(text)
-    await page.keyboard.press("Enter")
-
-
-async def done(page: Page, num_replies: int) -> None:
-    """So many replies are on the screen, and none is running."""
-    await expect(replies(page)).to_have_count(num_replies)
-    await expect(replies(page).last.locator(".badge, .ending").first).to_be_visible()
-
-
-async def choose(page: Page, menu: str, item: str) -> None:
-    await page.get_by_role("button", name=menu).click()
-    await page.get_by_role("menuitem", name=item, exact=True).click()
-
-
-def plain(text: str) -> str:
-    """Text as a browser may lay it out."""
-    return " ".join(text.split())
-
-
-async def shown(reply: Locator) -> str:
-    return plain(await reply.locator(".prose").inner_text())
 
 
 async def test_first_conversation(home: Home, open_page):
@@ -73,9 +32,8 @@ async def test_first_conversation(home: Home, open_page):
     await say(page, "What is my cat called?")
     await done(page, 2)
     await expect(replies(page).last).to_contain_text("Momo")
-    await expect(replies(page).last.locator(".badge")).to_contain_text(
-        re.compile(r"\d+ from device · .* to first token")
-    )
+    badge = replies(page).last.locator(".badge")
+    await expect(badge).to_contain_text(re.compile(r"\d+ of \d+ from device · .* to first token"))
     await expect(field(page)).to_have_value("")
     await expect(field(page)).to_be_focused()
     await page.get_by_role("button", name="Session memory").click()
@@ -94,7 +52,7 @@ async def test_stop_and_continue(home: Home, open_page):
     """Stop ends a reply and keeps what was said; Continue goes on behind it."""
     page = await open_page(home.long_session(LONG))
     await say(page, "Tell me a long story")
-    await expect(replies(page).locator(".prose")).not_to_be_empty()
+    await begun(page)
     await page.get_by_role("button", name="Stop").click()
     await expect(replies(page).locator(".ending")).to_have_text("Stopped")
     assert len(await shown(replies(page))) > 0
@@ -158,6 +116,13 @@ async def test_sessions(home: Home, open_page):
     await expect(listed.get_by_role("list", name="Pinned")).to_contain_text("Quagga")
     await choose(page, "Actions for Quagga", "Archive")
     await expect(listed.locator("details")).to_contain_text("Archived (1)")
+    await page.get_by_role("searchbox").fill("")
+    await expect(listed.get_by_role("link", name="Quagga")).to_be_hidden()
+    await listed.locator("summary").click()
+    home.ask("POST", "/v1/sessions", {"title": "Okapi"})
+    await expect(listed).to_contain_text("Okapi")
+    await expect(listed.get_by_role("link", name="Quagga")).to_be_visible()  # an open archive stays open
+    await page.get_by_role("searchbox").fill("quag")
     await choose(page, "Actions for this session", "Delete")
     await expect(listed.locator("li")).to_have_count(0)
     await page.get_by_role("button", name="Undo").click()
@@ -194,25 +159,15 @@ async def test_export_and_import(home: Home, open_page, tmp_path):
     await expect(page.get_by_role("alert")).to_contain_text("this is not an exported session")
 
 
-def document(text: str) -> dict[str, Any]:
-    """An exported session in which a reply says this."""
-    messages = [
-        {"id": "a", "role": "user", "text": EVIL},
-        {"id": "b", "parent_id": "a", "role": "assistant", "text": text},
-    ]
-    session = {"title": EVIL, "head_id": "b"}
-    model = {"id": "other", "vocab_size": 7}
-    return {"format": "chatserve.session", "version": 1, "model": model, "session": session, "messages": messages}
-
-
 async def test_markdown_is_safe(home: Home, open_page):
     """Markdown is laid out, code has colours and a copy button; HTML of others stays text wherever it stands."""
     code = "```python\ndef f():\n    return 'x'\n```"
     text = (
         f"# Head\n\n- one\n- **two**\n\n{code}\n\n{EVIL}\n\n[link](javascript:alert(1)) ![pic](https://a.example/b.png)"
     )
-    session = home.ask("POST", "/v1/sessions/import", document(text))
-    page = await open_page(f"{home.url}/#/s/{session['id']}", permissions=["clipboard-read", "clipboard-write"])
+    page = await open_page(
+        home.import_session(EVIL, text, title=EVIL), permissions=["clipboard-read", "clipboard-write"]
+    )
     reply = replies(page)
     await expect(reply.locator("h1")).to_have_text("Head")
     await expect(reply.locator("li strong")).to_have_text("two")
@@ -223,6 +178,11 @@ async def test_markdown_is_safe(home: Home, open_page):
     assert await page.locator("#app img, #app script, #app b, a[href^=javascript]").count() == 0
     await reply.get_by_role("button", name="Copy code").click()
     assert await page.evaluate("navigator.clipboard.readText()") == "def f():\n    return 'x'"
+    await page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as over plain HTTP
+    await page.locator("article.user").get_by_role("button", name="Copy message").click()
+    await field(page).focus()
+    await page.keyboard.press("Control+V")
+    await expect(field(page)).to_have_value(EVIL)
     assert "owned" not in (await page.title()).replace(EVIL, "")
 
 
@@ -246,64 +206,6 @@ async def test_settings(home: Home, open_page):
     await expect(page.get_by_role("dialog")).to_have_count(0)
     session = home.ask("GET", f"/v1/sessions/{session['id']}")
     assert session["params"] == {"temperature": 0, "stop": ["END", "FIN"]}
-
-
-async def test_reload_in_mid_answer(home: Home, open_page):
-    """A reload while a reply streams goes on streaming it, and a draft is still there."""
-    address = home.long_session(LONG)
-    page = await open_page(address)
-    await say(page, "Tell me a long story")
-    await expect(replies(page).locator(".prose")).not_to_be_empty()
-    await field(page).fill("and then?")
-    await page.reload()
-    await expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    await expect(field(page)).to_have_value("and then?")
-    await done(page, 1)
-    assert await shown(replies(page)) == plain(home.messages(address)[1]["content"][0]["text"])
-
-
-async def test_two_tabs(home: Home, open_page):
-    """Two pages on one session show the same, whichever of them one speaks in."""
-    address = home.long_session(60)
-    one, two = await open_page(address), await open_page(address)
-    await expect(two.get_by_text("What is on your mind?")).to_be_visible()
-    await say(one, "first")
-    await done(two, 1)
-    await say(two, "second")
-    await done(one, 2)
-    await expect(one.locator("article.user .said")).to_have_text(["first", "second"])
-    await done(two, 2)
-    assert await shown(replies(one).last) == await shown(replies(two).last)
-    await choose(one, "Actions for this session", "Rename")
-    await one.get_by_label("Title", exact=True).fill("Both")
-    await one.keyboard.press("Enter")
-    await expect(two.get_by_role("heading", level=1)).to_have_text("Both")
-
-
-async def test_offline_in_mid_answer(home: Home, open_page):
-    """A browser that goes offline says so within 6 s and comes back; nothing of either side is lost or doubled."""
-    address = home.long_session(4 * LONG)
-    page = await open_page(address)
-    await say(page, "Tell me a long story")
-    await expect(replies(page).locator(".prose")).not_to_be_empty()
-    await page.context.set_offline(True)
-    await expect(page.locator(".banner")).to_contain_text("Connection lost", timeout=6000)
-    await field(page).fill("a draft")
-    await asyncio.sleep(1)
-    await page.context.set_offline(False)
-    await expect(page.locator(".banner")).to_have_count(0)
-    await page.get_by_role("button", name="Stop").click()
-    await done(page, 1)
-    await expect(page.locator("article.user")).to_have_count(1)
-    await expect(field(page)).to_have_value("a draft")
-    assert await shown(replies(page)) == plain(home.messages(address)[1]["content"][0]["text"])
-    await page.context.set_offline(True)
-    await say(page, "Are you there?")
-    await expect(page.get_by_text("Sending…")).to_be_visible()
-    await page.context.set_offline(False)
-    await expect(page.locator("article.user .said")).to_have_text(["Tell me a long story", "Are you there?"])
-    await expect(field(page)).to_have_value("")
-    assert [message["role"] for message in home.messages(address)] == ["user", "assistant"] * 2
 
 
 async def test_keyboard_only(home: Home, open_page):
@@ -335,58 +237,64 @@ async def test_keyboard_only(home: Home, open_page):
     await page.keyboard.type("by hand")
     await page.keyboard.press("Enter")
     await expect(page.get_by_role("heading", level=1)).to_have_text("by hand")
+    await expect(menu).to_be_focused()
+    await page.keyboard.press("Shift+Tab")
+    await expect(page.get_by_role("button", name="Settings")).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_label("Temperature")).to_be_focused()
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("button", name="Settings")).to_be_focused()
+    await page.keyboard.press("Control+K")
+    await expect(page.get_by_role("searchbox")).to_be_focused()
+    await page.keyboard.press("Control+Shift+O")
+    await expect(page.get_by_role("heading", level=1)).to_have_text("New session")
+    await expect(field(page)).to_be_focused()
 
 
-async def violations(page: Page, picture: Path) -> list[str]:
-    """What axe finds on the page as it is, of which a picture is kept."""
-    await page.screenshot(path=picture)
-    found = await page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-    return [f"{picture.stem}: {each['id']}: {node['html']}" for each in found["violations"] for node in each["nodes"]]
-
-
-async def views(home: Home, page: Page) -> AsyncIterator[str]:
-    """Brings every view on the screen, one after the other; gives its name."""
-    yield "empty"
-    session = home.ask("POST", "/v1/sessions/import", document(RICH))
-    await page.evaluate(f"location.hash = '#/s/{session['id']}'")
-    await expect(page.locator(".hljs-string")).to_be_visible()
+async def test_edit_by_arrow(home: Home, open_page):
+    """Arrow up in the empty field takes up what was said last; Escape leaves it as it was, Enter says it anew."""
+    page = await open_page(home.url)
     await say(page, CAT)
-    await expect(page.locator(".badge").last).to_be_visible()
-    await page.get_by_role("button", name="Session memory").click()
-    await page.locator(".badge summary").last.click()
-    yield "chat"
-    await page.get_by_role("button", name="Actions for this session").click()
-    yield "menu"
-    await page.get_by_role("menuitem", name="Rename").click()
-    yield "rename"
+    await done(page, 1)
+    await page.keyboard.press("ArrowUp")
+    await expect(page.get_by_label("Edit your message")).to_be_focused()
     await page.keyboard.press("Escape")
-    await page.get_by_role("button", name="Settings").click()
-    await expect(page.get_by_role("dialog")).to_be_visible()
-    yield "settings"
-    await page.keyboard.press("Escape")
-    if show := await page.get_by_role("button", name="Show sessions").all():
-        await show[0].click()
-        yield "sidebar"
-    await page.get_by_role("link", name="Server").click()
-    await expect(page.locator(".plot")).to_have_count(11)
-    yield "server"
+    await expect(page.locator("article.user .said")).to_have_text(CAT)
+    await expect(field(page)).to_be_focused()
+    await page.keyboard.press("ArrowUp")
+    await page.keyboard.press("End")
+    await page.keyboard.type(" And I live in Oslo.")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("article.user .said")).to_have_text(f"{CAT} And I live in Oslo.")
+    await done(page, 1)
+    await expect(field(page)).to_be_focused()
 
 
-MORE = pytest.mark.soak  # the other theme at the other width
-LOOKS = [("light", 1280), ("dark", 390), pytest.param("dark", 1280, marks=MORE), pytest.param("light", 390, marks=MORE)]
+async def to_end(page: Page) -> float:
+    """How many pixels of the log are below what is seen."""
+    distance: float = await page.locator("#messages").evaluate("it => it.scrollHeight - it.scrollTop - it.clientHeight")
+    return distance
 
 
-@pytest.mark.parametrize(("scheme", "width"), LOOKS)
-async def test_accessibility(home: Home, open_page, scheme, width, tmp_path):
-    """On every view axe finds nothing and nothing is cut off sideways. Pictures of all are left in `tmp_path`."""
-    viewport = {"width": width, "height": 844}
-    page = await open_page(home.url, color_scheme=scheme, reduced_motion="reduce", viewport=viewport)
-    await page.evaluate(AXE)
-    found = []
-    async for name in views(home, page):
-        found += await violations(page, tmp_path / f"{name}.png")
-        assert await page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), name
-    assert found == []
+async def test_scrolling_yields(home: Home, open_page):
+    """The log follows a reply that grows, lets go of who scrolls up ever so little, and is called back by a button."""
+    address = home.long_session(3 * LONG)
+    page = await open_page(address, viewport={"width": 390, "height": 360})
+    latest = page.get_by_role("button", name="To the latest message")
+    await say(page, "Count from 1 to 200.")
+    await page.wait_for_function("() => document.querySelector('#messages').scrollTop > 60")
+    assert await to_end(page) < 80
+    await page.locator("#messages").hover()
+    await page.mouse.wheel(0, -30)
+    await expect(latest).to_be_visible()
+    seen = await page.locator("#messages").evaluate("it => it.scrollTop")
+    length = len(await shown(replies(page)))
+    await page.wait_for_function(f"() => document.querySelector('.prose').innerText.length > {length + 60}")
+    assert await page.locator("#messages").evaluate("it => it.scrollTop") == seen
+    await latest.click()
+    await expect(latest).to_have_count(0)
+    assert await to_end(page) < 80
+    home.end_reply(address)
 
 
 async def test_only_from_here(home: Home, open_page):
@@ -405,6 +313,8 @@ async def test_api_key(open_page):
     async with serving(load_settings({"api_keys": ("alice=alices-key",)}), Timeouts(), FakeEngine()) as served:
         page = await open_page(served.url)
         key = page.get_by_role("textbox", name="API key")
+        for _ in range(3):
+            await page.keyboard.press("Escape")  # there is nothing to do without a key
         await key.fill("wrong-key")
         await page.keyboard.press("Enter")
         await expect(key).to_have_value("")
@@ -422,23 +332,3 @@ async def test_api_key(open_page):
         await page.keyboard.type(".")
         await expect(page.get_by_role("alert")).to_be_visible()
         assert served.sessions.typed == ["sess_1"]
-
-
-async def test_server_killed_in_mid_answer(home: Home, open_page):
-    """A server that is killed and started again goes on with the reply, and the page with it; nothing is doubled."""
-    address = home.long_session(4 * LONG)
-    page = await open_page(address)
-    await say(page, "Tell me a long story")
-    await expect(replies(page).locator(".prose")).not_to_be_empty()
-    home.kill()
-    await expect(page.locator(".banner")).to_contain_text("Connection lost", timeout=6000)
-    before = await shown(replies(page))
-    home.start_again()
-    await expect(page.locator(".banner")).to_have_count(0, timeout=15_000)
-    await page.get_by_role("button", name="Stop").click(timeout=15_000)
-    await done(page, 1)
-    await expect(page.locator("article.user")).to_have_count(1)
-    await expect(replies(page).locator(".mark")).to_have_text("resumed")
-    text = await shown(replies(page))
-    assert text == plain(home.messages(address)[1]["content"][0]["text"])
-    assert text.startswith(before[:40])

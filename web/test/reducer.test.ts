@@ -76,4 +76,12 @@ describe("the tree", () => {
     const after = reduce(resumed, event(resumed.seq + 1, { type: "response.output_text.delta", response_id: "r", offset: 2, delta: "c" })).state;
     expect(after.messages.get("m")).toMatchObject({ text: "🐈ac", resumed: true });
   });
+
+  it("is told which replies of a snapshot were interrupted, ended or not", () => {
+    const { snapshot } = read("branches.json");
+    const reply = snapshot.messages.find(({ response }) => response)!;
+    const active = { id: "r", message_id: "m", parent_id: reply.id, model: "x", status: "in_progress" as const, text: "" };
+    const known = fromSnapshot({ ...snapshot, active_response: active }, new Set([reply.response!.id, "r"])).messages;
+    expect([...known.values()].filter(({ resumed }) => resumed).map(({ id }) => id)).toEqual([reply.id, "m"]);
+  });
 });

@@ -3,6 +3,7 @@
 import type { HeldTokens, Session } from "./types.ts";
 
 const PAGE = 200;
+const TIMEOUT_MS = 10_000; // of what is asked by itself: a line may be dead without saying so
 let token: string | null = null;
 
 export function useToken(value: string | null): void {
@@ -18,11 +19,15 @@ async function request(path: string, options: RequestInit = {}): Promise<globalT
   throw new Error(body?.error?.message ?? `The server answered ${response.status}; try again.`);
 }
 
+async function read(path: string): Promise<globalThis.Response> {
+  return request(path, { signal: AbortSignal.timeout(TIMEOUT_MS) });
+}
+
 /** All sessions, the newest first. */
 export async function listSessions(): Promise<Session[]> {
   const sessions: Session[] = [];
   for (let before = ""; ; before = `&before=${sessions[sessions.length - 1].id}`) {
-    const page = await (await request(`/v1/sessions?limit=${PAGE}${before}`)).json();
+    const page = await (await read(`/v1/sessions?limit=${PAGE}${before}`)).json();
     sessions.push(...page.data);
     if (!page.has_more) return sessions;
   }
@@ -35,7 +40,7 @@ export async function deleteSession(id: string): Promise<void> {
 
 /** Where a session's tokens are now. */
 export async function heldTokens(id: string): Promise<HeldTokens> {
-  return (await request(`/v1/sessions/${id}/cache`)).json();
+  return (await read(`/v1/sessions/${id}/cache`)).json();
 }
 
 export async function exportSession(id: string, format: "json" | "markdown"): Promise<Blob> {
@@ -48,9 +53,9 @@ export async function importSession(document: Blob): Promise<Session> {
 }
 
 export async function serverFigures(): Promise<string> {
-  return (await request("/metrics")).text();
+  return (await read("/metrics")).text();
 }
 
 export async function serverVersion(): Promise<Record<string, string | number>> {
-  return (await request("/version")).json();
+  return (await read("/version")).json();
 }

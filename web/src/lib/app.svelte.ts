@@ -1,30 +1,19 @@
 // What the page knows and does: the open session, the list, and what a person asks for. Components only show it.
 
 import * as api from "./api.ts";
+import { copyText, saveFile } from "./browser.ts";
 import { Deletions, UNDO_MS } from "./deletions.svelte.ts";
 import { titleFrom } from "./describe.ts";
 import { CommandError, Connection, type Line, newKey } from "./protocol.ts";
-import { type Conversation, type Message, fromSnapshot, reduce, tip } from "./reducer.ts";
-import { apiKey, draftOf, keepApiKey, keepDraft } from "./stored.ts";
-import type { Attached, HeldTokens, Params, Session, SessionEvent } from "./types.ts";
+import { type Conversation, type Message, branch, fromSnapshot, reduce, tip } from "./reducer.ts";
+import { apiKey, draftOf, keepApiKey, keepDraft, keepResumed, resumed } from "./stored.ts";
+import type { Attached, HeldTokens, Params, Pending, Session, SessionEvent, Toast } from "./types.ts";
 
 const REFRESH_MS = 150;
 const HIDDEN_FLUSH_MS = 250;
 const RETRY_ATTACH_MS = 1000;
+const RETRY_LIST_MS = 3000;
 const TYPING_EVERY_MS = 5000;
-
-export interface Toast {
-  text: string;
-  undo?: () => void;
-}
-
-/** What was said and is not in the log yet; its text is kept as the draft of where it was written. */
-export interface Pending {
-  writtenIn: string | null;
-  sessionId: string | null;
-  text: string;
-  messageId?: string;
-}
 
 export class App {
   line = $state.raw<Line>({ state: "connecting" });
@@ -33,6 +22,7 @@ export class App {
   wasOpen = $state(false);
   needsKey = $state(false);
   sessions = $state.raw<Session[]>([]);
+  isListed = $state(false);
   readonly deletions = new Deletions((id) => this.deleteForGood(id));
   view = $state<"chat" | "server">("chat");
   openId = $state<string | null>(null);
@@ -40,6 +30,8 @@ export class App {
   pending = $state.raw<Pending | null>(null);
   held = $state.raw<HeldTokens | null>(null);
   problem = $state("");
+  /** The message that is being edited. */
+  editingId = $state<string | null>(null);
   announcement = $state("");
   toast = $state.raw<Toast | null>(null);
   /** Raised whenever the composer should take up the kept draft. */
@@ -138,6 +130,7 @@ export class App {
     const { verdict, state } = reduce(this.latest, event);
     if (verdict === "gap") void this.attach();
     if (verdict !== "apply") return;
+    if (event.type === "response.resumed") keepResumed(event.response_id as string);
     const ended = this.latest.active && !state.active;
     this.take(state);
     if (event.type === "message.created" && this.isPending(state)) this.settle();
@@ -174,7 +167,7 @@ export class App {
 
   private attached({ epoch, head_seq, snapshot }: Attached): void {
     if (!snapshot) return;
-    const state = fromSnapshot({ ...snapshot, epoch, head_seq });
+    const state = fromSnapshot({ ...snapshot, epoch, head_seq }, resumed());
     this.take(state);
     this.flush();
     if (this.pending?.messageId && state.messages.has(this.pending.messageId)) this.settle();
@@ -230,6 +223,8 @@ export class App {
     this.openId = id;
     this.held = null;
     this.problem = "";
+    this.editingId = null;
+    this.lastTyping = 0;
     this.take(null);
     this.flush();
     if (before && this.line.state === "open") void this.quietly(this.connection.command("session.detach", { session_id: before }));
@@ -239,13 +234,16 @@ export class App {
 
   // ---- the list
 
-  refresh(): void {
+  refresh(afterMs = REFRESH_MS): void {
     clearTimeout(this.refreshTimer);
-    this.refreshTimer = setTimeout(() => void this.list(), REFRESH_MS);
+    this.refreshTimer = setTimeout(() => void this.list(), afterMs);
   }
 
   private async list(): Promise<void> {
-    this.sessions = (await this.quietly(api.listSessions())) ?? this.sessions;
+    const sessions = await this.quietly(api.listSessions());
+    this.sessions = sessions ?? this.sessions;
+    this.isListed ||= Boolean(sessions);
+    if (!sessions && this.line.state === "open") this.refresh(RETRY_LIST_MS);
   }
 
   /** Where the open session's tokens are now. */
@@ -290,12 +288,7 @@ export class App {
 
   async exportFile(session: Session, format: "json" | "markdown"): Promise<void> {
     const blob = await this.attempt(() => api.exportSession(session.id, format));
-    if (!blob) return;
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = `${session.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || session.id}.${format === "json" ? "json" : "md"}`;
-    link.click();
-    URL.revokeObjectURL(link.href);
+    if (blob) saveFile(blob, session.title, session.id, format === "json" ? "json" : "md");
   }
 
   // ---- turns
@@ -362,6 +355,13 @@ export class App {
     return this.respond({ input: text, parent_id: message.parentId ?? "root" });
   }
 
+  /** Begin to edit what was said last; whether there is such a message. */
+  editLast(): boolean {
+    const said = this.conversation ? branch(this.conversation).filter(({ role }) => role === "user") : [];
+    this.editingId = said.at(-1)?.id ?? null;
+    return this.editingId !== null;
+  }
+
   /** Answer again: a reply beside this one. */
   regenerate(reply: Message): Promise<unknown> {
     return this.respond({ parent_id: reply.parentId });
@@ -390,10 +390,13 @@ export class App {
     if (answer?.session) this.goto(answer.session.id);
   }
 
+  /** Somebody types: the history may be wanted soon, and so is the line. */
   typing(): void {
     const now = Date.now();
-    if (!this.openId || now - this.lastTyping < TYPING_EVERY_MS) return;
+    if (now - this.lastTyping < TYPING_EVERY_MS) return;
     this.lastTyping = now;
+    this.connection.check();
+    if (!this.openId) return;
     this.connection.hint("session.typing", { session_id: this.openId });
   }
 
@@ -429,8 +432,11 @@ export class App {
     this.toastTimer = setTimeout(() => (this.toast = null), forMs);
   }
 
-  async copy(text: string): Promise<void> {
-    const isCopied = await this.quietly(navigator.clipboard.writeText(text).then(() => true));
-    this.announcement = isCopied ? "Copied." : "The browser did not allow copying.";
+  /** Whether the text is in the clipboard now. */
+  async copy(text: string): Promise<boolean> {
+    const isCopied = Boolean(await this.quietly(copyText(text).then(() => true)));
+    if (isCopied) this.announcement = "Copied.";
+    else this.showToast({ text: "The browser did not allow copying." });
+    return isCopied;
   }
 }

@@ -38,22 +38,34 @@ export const place = (tier: Tier): string => PLACES[tier];
 /** Why a reply ended as it did; "" where it simply came to its end. */
 export function ending(response: Response | undefined): string {
   if (response?.status === "cancelled") return "Stopped";
-  if (response?.status === "failed") return `Failed: ${response.error?.message ?? "no reason given"}`;
+  if (response?.status === "failed") return `Failed: ${response.error?.message ?? "why is not known any more"}`;
   if (response?.status !== "incomplete") return "";
   const reason = response.incomplete_details?.reason ?? "";
   return `Cut off: ${LIMITS[reason] ?? reason}`;
+}
+
+/** Whether a reply that ended early can go on where it stopped. */
+export function canContinue(response: Response | undefined): boolean {
+  if (response?.status === "incomplete") return response.incomplete_details?.reason !== "context_window";
+  return response?.status === "cancelled" || response?.status === "failed";
 }
 
 /** The short line under a reply. */
 export function badge(response: Response | undefined): string[] {
   if (!response?.usage) return [];
   const { input_tokens, cached_tokens_details: held } = response.usage;
-  const sources = TIERS.filter((tier) => held[tier]).map((tier) => `${count(held[tier])} from ${PLACES[tier]}`);
-  const parts = [sources.length ? sources.join(", ") : `0 of ${count(input_tokens)} reused`];
+  const parts = [reused(count(input_tokens), held)];
   const { ttft_ms = 0, tokens_per_second = 0 } = response.timings ?? {};
   if (ttft_ms) parts.push(`${milliseconds(ttft_ms)} to first token`);
   if (tokens_per_second) parts.push(`${count(tokens_per_second)} tokens/s`);
   return parts;
+}
+
+function reused(input: string, held: Record<Tier, number>): string {
+  const tiers = TIERS.filter((tier) => held[tier]);
+  if (!tiers.length) return `0 of ${input} reused`;
+  if (tiers.length === 1) return `${count(held[tiers[0]])} of ${input} from ${PLACES[tiers[0]]}`;
+  return `${tiers.map((tier) => `${count(held[tier])} from ${PLACES[tier]}`).join(" + ")} of ${input}`;
 }
 
 /** The badge in full: rows of a name and a value. */

@@ -1,4 +1,4 @@
-// The objects of protocol chatserve.v1, as docs/protocol.md describes them.
+// The objects of protocol chatserve.v1, as docs/protocol.md describes them, and the page's own.
 
 export type Status = "in_progress" | "completed" | "incomplete" | "cancelled" | "failed";
 export type Tier = "device" | "host" | "disk";
@@ -123,4 +123,18 @@ export interface Welcome {
 export interface HeldTokens extends Record<Tier, number> {
   tokens: number;
   restore_ms_estimate: number;
+}
+
+/** A short notice. */
+export interface Toast {
+  text: string;
+  undo?: () => void;
+}
+
+/** What was said and is not in the log yet; its text is kept as the draft of where it was written. */
+export interface Pending {
+  writtenIn: string | null;
+  sessionId: string | null;
+  text: string;
+  messageId?: string;
 }
