@@ -15,6 +15,7 @@ from pydantic_core import to_json
 from chatserve.errors import BadRequest
 from chatserve.protocol import events
 from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, TokenIdsPart
+from chatserve.sessions import views
 from chatserve.sessions.ids import new_id
 from chatserve.sessions.plan import TurnPlan, output_room, turn_params
 from chatserve.sessions.portable import SessionImport
@@ -70,6 +71,16 @@ async def prepare_turn(
     assert speaker is not None
     plan = _plan(live, command, tools, prompt, speaker, num_new=1 if user is None else 2)
     return _prepared(live, command, plan, prompt, user, request)
+
+
+async def history_ids(live: LiveSession, tools: TurnTools) -> list[int]:
+    """The ids that a turn goes on from; none where they are rendered at each turn and none was taken yet."""
+    path = views.branch(live)
+    if not views.has_ids(path) and not any((message.response or {}).get("usage") for message in path):
+        return []
+    said = prompt_path(live.messages, path, tools.engine.info.model)
+    prompt = await tools.text.prompt(said, None, instructions=live.meta.instructions, date=live.meta.template_date)
+    return prompt.token_ids
 
 
 def _said(command: ResponseCreate, vocab_size: int) -> str | Sequence[int] | None:

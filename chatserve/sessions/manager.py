@@ -21,7 +21,7 @@ from chatserve.protocol import events
 from chatserve.protocol.codec import from_wire, to_wire
 from chatserve.protocol.commands import ResponseCreate, SessionCreate, SessionFork, SessionUpdate
 from chatserve.sessions import views
-from chatserve.sessions.accept import Accepted, PreparedTurn, body_hash, prepare_turn
+from chatserve.sessions.accept import Accepted, PreparedTurn, body_hash, history_ids, prepare_turn
 from chatserve.sessions.conversations import Conversations
 from chatserve.sessions.following import follow_session
 from chatserve.sessions.forgetting import histories_to_forget
@@ -185,12 +185,12 @@ class SessionManager:
         """The tenant is about to say something here."""
         async with self._registry.use(session_id, tenant) as live:
             self._records.touch(live.id, typing=True, last_activity_s=self._clock())
-            self._warm(live)
+            await self._warm(live)
 
     async def attach(self, tenant: str, session_id: str, epoch: int | None, after_seq: int | None) -> Attached:
         """Where to begin to follow: after the cursor if the log still has all behind it, else from a snapshot."""
         async with self._registry.use(session_id, tenant) as live:
-            self._warm(live)
+            await self._warm(live)
             if after_seq is not None and await self._can_replay(live, epoch, after_seq):
                 return Attached(live.id, live.meta.epoch, live.tail.head_seq, "replay", None, after_seq)
             state = views.snapshot(live, self._engine.info.max_context)
@@ -240,16 +240,16 @@ class SessionManager:
             return await self._cache(live)
 
     async def _cache(self, live: LiveSession) -> View:
-        token_ids = views.branch_token_ids(live)
+        token_ids = await history_ids(live, self._tools)
         held = await self._engine.cached_tokens(live.id, live.meta.tenant, token_ids)
         return {"tokens": len(token_ids), **held.tokens, "restore_ms_estimate": round(held.restore_s * 1000, 3)}
 
-    def _warm(self, live: LiveSession) -> None:
+    async def _warm(self, live: LiveSession) -> None:
         """A turn is likely: what left the device of the history may come back before it is asked for."""
         now_s = self._clock()
         if live.meta.active is None and now_s - live.warmed_s >= WARM_INTERVAL_S and live.messages:
             live.warmed_s = now_s
-            self._engine.warm_session(live.id, live.meta.tenant, views.branch_token_ids(live))
+            self._engine.warm_session(live.id, live.meta.tenant, await history_ids(live, self._tools))
 
     async def _recover(self, session_id: str, slots: asyncio.Semaphore) -> None:
         """Bring a session with a running response into memory, where its keeper takes it up."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 from chatserve.protocol import events
@@ -83,14 +83,21 @@ def context_view(live: LiveSession, max_context: int) -> View:
 
 
 def num_branch_tokens(live: LiveSession) -> int:
-    """The tokens from the beginning to the branch head."""
-    return sum(len(message.token_ids) for message in _branch(live))
+    """The tokens from the beginning to the branch head; where ids are not stored, by what the last reply took."""
+    path = branch(live)
+    num_behind = 0
+    for message in reversed(path):
+        num_behind += len(message.token_ids)
+        if (usage := (message.response or {}).get("usage")) and not has_ids(path):
+            return int(usage["input_tokens"]) + num_behind
+    return num_behind
 
 
-def branch_token_ids(live: LiveSession) -> list[int]:
-    """These tokens' ids."""
-    return list(chain.from_iterable(message.token_ids for message in _branch(live)))
+def has_ids(path: Sequence[MessageRecord]) -> bool:
+    """Whether the tokens of the path are those of its messages: else it is rendered anew at each turn."""
+    return all(message.token_ids for message in path if message.role == "user")
 
 
-def _branch(live: LiveSession) -> list[MessageRecord]:
+def branch(live: LiveSession) -> list[MessageRecord]:
+    """The messages from the beginning to the branch head."""
     return path_to(live.messages, live.messages.get(live.meta.head_id or ROOT))

@@ -105,6 +105,9 @@ async def test_text_counts_where_ids_do_not(real, change):
         assert turn["response"]["status"] == "completed"
         text = server.services.completions._text.decode(server.engine.requests[-1].token_ids)
         assert text.index("Hello") < text.index("Well said.") < text.index("Grüße 🦊") < text.index("More")
+        usage, state = turn["response"]["usage"], (await http.get(path)).json()
+        assert state["context"]["used_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+        assert (await http.get(f"{path}/cache")).json()["tokens"] == state["context"]["used_tokens"]
 
 
 async def test_import_is_idempotent(real):
