@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(required=True, metavar="list | show | export | import | delete")
     listing = actions.add_parser("list", help="list sessions, newest first")
     listing.add_argument("--limit", type=int, default=50, help="how many at most, up to 200 (default: 50)")
+    listing.add_argument("--search", metavar="WORDS", default="", help="only those with all of these words in them")
     listing.set_defaults(action=_list)
     showing = actions.add_parser("show", help="print a session's messages")
     showing.set_defaults(action=_show)
@@ -85,7 +86,7 @@ def _import(api: HttpApi, parsed: argparse.Namespace) -> None:
 
 
 def _list(api: HttpApi, parsed: argparse.Namespace) -> None:
-    sessions = api.list_sessions(limit=parsed.limit)
+    sessions = api.list_sessions(limit=parsed.limit, search=parsed.search)
     if parsed.json:
         print(json.dumps(sessions, indent=2))
         return

@@ -31,9 +31,10 @@ class HttpApi:
         self._timeout_s = timeout_s
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    def list_sessions(self, *, limit: int = 50, before: str | None = None) -> list[dict[str, Any]]:
-        """Sessions, newest first; `before` takes the id of the last one seen."""
-        query = {"limit": str(limit)} | ({} if before is None else {"before": before})
+    def list_sessions(self, *, limit: int = 50, before: str | None = None, search: str = "") -> list[dict[str, Any]]:
+        """Sessions, newest first; `before` takes the id of the last one seen, `search` words that were said there."""
+        optional = {"before": before, "search": search}
+        query = {"limit": str(limit)} | {name: value for name, value in optional.items() if value}
         sessions: list[dict[str, Any]] = self._request("GET", f"/v1/sessions?{urlencode(query)}")["data"]
         return sessions
 

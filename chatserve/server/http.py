@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -41,12 +42,13 @@ class ResumeBody(_Strict):
 
 
 class ListQuery(BaseModel):
-    """Which page of the list: `before` is the id of the last session seen."""
+    """Which page of the list: `before` is the id of the last session seen; `search` has words that were said."""
 
     model_config = ConfigDict(extra="forbid")
 
     limit: Annotated[int, Field(ge=1, le=MAX_LISTED)] = DEFAULT_LISTED
     before: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    search: Annotated[str, Field(max_length=200)] = ""
 
 
 def services_of(request: Request) -> Services:
@@ -83,10 +85,12 @@ def key_of(request: Request, body: dict[str, Any]) -> str:
 
 
 async def list_sessions(request: Request) -> JSONResponse:
-    """`GET /v1/sessions?limit=&before=`: newest first."""
-    tenant = tenant_of(request)
+    """`GET /v1/sessions?limit=&before=&search=`: newest first, with `search` those that have all of its words."""
+    tenant, services = tenant_of(request), services_of(request)
     query = validated(ListQuery, dict(request.query_params))
-    views = await services_of(request).sessions.list_sessions(tenant, query.limit + 1, query.before)
+    words = query.search.split()
+    with services.searches.taken(tenant) if words else nullcontext():
+        views = await services.sessions.list_sessions(tenant, query.limit + 1, query.before, words)
     page = views[: query.limit]
     return JSONResponse({"object": "list", "data": page, "has_more": len(views) > len(page)})
 

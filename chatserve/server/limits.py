@@ -137,9 +137,10 @@ class TurnLimiter:
 
 
 class Slots:
-    """Places for work that takes much memory: `most` in all, `most_of_one` of one tenant."""
+    """Places for work that takes much, such as imports: `most` in all, `most_of_one` of one tenant."""
 
-    def __init__(self, most: int, most_of_one: int) -> None:
+    def __init__(self, what: str, most: int, most_of_one: int) -> None:
+        self._what = what
         self._most = most
         self._most_of_one = most_of_one
         self._taken: Counter[str] = Counter()
@@ -148,7 +149,9 @@ class Slots:
     def taken(self, tenant: str) -> Iterator[None]:
         """Take a place; raises Overloaded where there is none."""
         if self._taken.total() >= self._most or self._taken[tenant] >= self._most_of_one:
-            raise Overloaded("too many imports at a time; send this again in a moment", retry_after_ms=SLOT_RETRY_MS)
+            raise Overloaded(
+                f"too many {self._what} at a time; send this again in a moment", retry_after_ms=SLOT_RETRY_MS
+            )
         self._taken[tenant] += 1
         try:
             yield

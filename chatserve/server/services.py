@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_IMPORTS = 8
 MAX_IMPORTS_OF_ONE = 2
+MAX_SEARCHES = 4
+MAX_SEARCHES_OF_ONE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,4 +45,5 @@ class Services:
     ping_store: Callable[[], Awaitable[None]]
     metrics: Metrics
     timeouts: Timeouts = field(default_factory=Timeouts)
-    imports: Slots = field(default_factory=lambda: Slots(MAX_IMPORTS, MAX_IMPORTS_OF_ONE))
+    imports: Slots = field(default_factory=lambda: Slots("imports", MAX_IMPORTS, MAX_IMPORTS_OF_ONE))
+    searches: Slots = field(default_factory=lambda: Slots("searches", MAX_SEARCHES, MAX_SEARCHES_OF_ONE))

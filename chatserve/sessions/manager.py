@@ -141,9 +141,19 @@ class SessionManager:
         meta, messages = await asyncio.to_thread(imported_session, tenant, document, info, decode, self._now_ms())
         return await self._tasks.carry_out(self._write_new(meta, command, messages), "import-session")
 
-    async def list_sessions(self, tenant: str, limit: int = 50, before: str | None = None) -> list[View]:
-        """The tenant's sessions without messages, last updated first; `before` is the last id of the page before."""
-        return [views.session_view(meta) for meta in await self._store.list_sessions(tenant, limit, before)]
+    async def list_sessions(
+        self, tenant: str, limit: int = 50, before: str | None = None, words: Sequence[str] = ()
+    ) -> list[View]:
+        """The tenant's sessions without messages, last updated first; `before` is the last id of the page before.
+
+        With `words`: those that have each of them in their title or messages.
+        """
+        listed = (
+            await self._store.search_sessions(tenant, words, limit, before)
+            if words
+            else await self._store.list_sessions(tenant, limit, before)
+        )
+        return [views.session_view(meta) for meta in listed]
 
     async def get_session(self, tenant: str, session_id: str) -> View:
         """A session with its messages, its running response and the context left."""

@@ -122,6 +122,11 @@ def unpack_message(packed: bytes) -> MessageRecord:
     return MessageRecord(**row)
 
 
+def text_of_message(packed: bytes) -> str:
+    """What the message packed by `pack_message` says."""
+    return cast(str, msgpack.unpackb(packed)["text"])
+
+
 def pack_key(key: IdempotencyKey) -> bytes:
     """What is remembered of a key."""
     return cast(bytes, msgpack.packb({"body_hash": key.body_hash, "result": key.result}))

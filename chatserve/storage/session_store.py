@@ -47,12 +47,16 @@ from chatserve.storage.session_data import (
     pack_message,
     pack_meta,
     pack_token_ids,
+    text_of_message,
     unpack_key,
     unpack_message,
     unpack_meta,
     unpack_token_ids,
 )
 from chatserve.storage.writer import CommitWriter
+
+MAX_SEARCHED_SESSIONS = 2000
+SEARCHED_AT_ONCE = 20
 
 __all__ = [
     "FenceLost",
@@ -253,6 +257,27 @@ class SessionStore:
         rows = await self._pipeline([("HGETALL", session_key(session_id.decode(), "meta")) for session_id in ids])
         return [unpack_meta(row) for row in rows if row]
 
+    async def search_sessions(
+        self, tenant: str, words: Sequence[str], limit: int = 50, before: str | None = None
+    ) -> list[SessionMeta]:
+        """As `list_sessions`, of those that have each of the words in their title or messages, whatever their case.
+
+        Only the latest `MAX_SEARCHED_SESSIONS` are looked through, some at a time, so that others are served meanwhile.
+        """
+        wanted = [word.casefold() for word in words]
+        first = 0 if before is None else await self._rank(tenant, before) + 1
+        found: list[SessionMeta] = []
+        while len(found) < limit and first < MAX_SEARCHED_SESSIONS:
+            ids = await self._execute("ZREVRANGE", tenant_key(tenant), first, first + SEARCHED_AT_ONCE - 1)
+            if not ids:
+                break
+            names = [session_id.decode() for session_id in ids]
+            metas = await self._pipeline([("HGETALL", session_key(name, "meta")) for name in names])
+            messages = await self._pipeline([("HVALS", session_key(name, "msgs")) for name in names])
+            found += await asyncio.to_thread(_with_words, wanted, metas, messages)
+            first += len(ids)
+        return found[:limit]
+
     async def sessions_before(self, time_ms: int, limit: int) -> list[tuple[str, str]]:
         """At most `limit` sessions of any tenant that were last updated before the time, as (tenant, session id)."""
         found: list[tuple[str, str]] = []
@@ -371,3 +396,17 @@ def _no_session(session_id: str) -> NotFound:
 def _log_entry(entry_id: bytes, entry_fields: Mapping[bytes, bytes]) -> LogEntry:
     token_ids = tuple(unpack_token_ids(entry_fields[b"t"]))
     return LogEntry(int(entry_id.partition(b"-")[0]), entry_fields[b"w"], token_ids)
+
+
+def _with_words(
+    words: Sequence[str], metas: Sequence[Mapping[bytes, bytes]], messages: Sequence[Sequence[bytes]]
+) -> list[SessionMeta]:
+    """The sessions whose title or messages have all the words, which are folded."""
+    found = []
+    for row, packed in zip(metas, messages, strict=True):
+        if row:
+            meta = unpack_meta(row)
+            said = "\n".join([meta.title, *map(text_of_message, packed)]).casefold()
+            if all(word in said for word in words):
+                found.append(meta)
+    return found

@@ -22,6 +22,14 @@ def session_id(live_server):
     return session
 
 
+def test_search(live_server, session_id, capsys):
+    """Sessions are found by what was said in them."""
+    assert main.main(["sessions", "list", "--search", "dog ZORP", "--url", live_server.url]) == 0
+    assert session_id in capsys.readouterr().out
+    assert main.main(["sessions", "list", "--search", "dog unicorn", "--url", live_server.url]) == 0
+    assert "There are no sessions" in capsys.readouterr().out
+
+
 def test_export_and_import(live_server, session_id, tmp_path, capsysbinary):
     """What export writes, import takes, from a file; the new session says the same with the same token ids."""
     file, again = tmp_path / "pets.json", tmp_path / "again.json"

@@ -122,6 +122,11 @@ async def test_sessions(home: Home, open_page):
     home.ask("POST", "/v1/sessions", {"title": "Okapi"})
     await expect(listed).to_contain_text("Okapi")
     await expect(listed.get_by_role("link", name="Quagga")).to_be_visible()  # an open archive stays open
+    said = home.ask("POST", "/v1/sessions", {"title": "Okapi"})["id"]
+    home.ask("POST", f"/v1/sessions/{said}/responses", {"input": "My aardvark is called Zorp."})
+    await page.get_by_role("searchbox").fill("AARDVARK zorp")
+    await expect(listed.locator("li")).to_have_count(1)
+    await expect(listed.get_by_role("link", name="Okapi")).to_be_visible()
     await page.get_by_role("searchbox").fill("quag")
     await choose(page, "Actions for this session", "Delete")
     await expect(listed.locator("li")).to_have_count(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,9 @@ class FakeSessions:
         await self.append(session_id, events.session_deleted())
         del self.views[session_id], self.tenants[session_id]
 
-    async def list_sessions(self, tenant: str, limit: int = 50, before: str | None = None) -> list[dict[str, Any]]:
+    async def list_sessions(
+        self, tenant: str, limit: int = 50, before: str | None = None, words: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
         views = [view for session_id, view in self.views.items() if self.tenants[session_id] == tenant]
         newest_first = sorted(views, key=lambda view: -view["updated_at"])
         ids = [view["id"] for view in newest_first]

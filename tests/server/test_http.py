@@ -66,6 +66,7 @@ async def test_list_pages(served):
         ("POST", "/v1/sessions/sess_none/resume", {"json": {"after_seq": "1"}}, 400, "invalid_value"),
         ("POST", "/v1/sessions/sess_none/resume", {"json": {"cursor": 1}}, 400, "invalid_value"),
         ("GET", "/v1/sessions?limit=0", {}, 400, "invalid_value"),
+        ("GET", f"/v1/sessions?search={'x' * 201}", {}, 400, "invalid_value"),
         ("GET", "/v1/sessions?limit=201", {}, 400, "invalid_value"),
         ("GET", "/v1/sessions?offset=1", {}, 400, "invalid_value"),
         ("GET", "/v1/nothing", {}, 404, "not_supported"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import ExitStack
 
 import pytest
 from websockets.asyncio.client import connect
@@ -9,7 +10,7 @@ from websockets.asyncio.client import connect
 from chatserve.api_keys import TenantLimits
 from chatserve.errors import Overloaded
 from chatserve.server.limits import MAX_RETRY_MS, TokenBudget, TurnLimiter
-from chatserve.server.services import MAX_IMPORTS_OF_ONE
+from chatserve.server.services import MAX_IMPORTS_OF_ONE, MAX_SEARCHES_OF_ONE
 from tests.server.real import ALICE, BOB, KEYS
 
 
@@ -187,6 +188,18 @@ async def test_a_turn_that_is_never_begun_is_not_counted(real):
             while server.services.sessions.num_running:
                 await asyncio.sleep(0.01)
         assert not server.services.sessions._engine._limiter._turns
+
+
+async def test_searches_at_a_time(real):
+    """A tenant who searches already is asked to wait, others are not, and neither is who only lists."""
+    async with real(api_keys=KEYS) as server, server.http(ALICE) as alice, server.http(BOB) as bob:
+        with ExitStack() as busy:
+            for _ in range(MAX_SEARCHES_OF_ONE):
+                busy.enter_context(server.services.searches.taken("alice"))
+            assert_limited(await alice.get("/v1/sessions?search=word"), "queue_full")
+            assert (await alice.get("/v1/sessions?search=")).status_code == 200
+            assert (await bob.get("/v1/sessions?search=word")).status_code == 200
+        assert (await alice.get("/v1/sessions?search=word")).status_code == 200
 
 
 async def test_imports_at_a_time(real):

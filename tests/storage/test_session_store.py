@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from chatserve.errors import BadRequest, Conflict, NotFound
+from chatserve.storage import session_store
 from chatserve.storage.scripts import KEY_LIFETIME_S
 from chatserve.storage.session_store import (
     FenceLost,
@@ -211,6 +213,29 @@ async def test_sessions_are_listed_newest_first_in_pages(store: SessionStore) ->
     assert seen == whole
     with pytest.raises(BadRequest, match="t1"):
         await store.list_sessions("acme", before="t1")
+
+
+async def test_sessions_are_found_by_what_was_said(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All words have to be there, in title or messages, in any case; names of fields and other tenants do not count."""
+    monkeypatch.setattr(session_store, "SEARCHED_AT_ONCE", 2)
+    for number in range(6):
+        await store.create(replace(session_meta(f"s{number}", updated_at=number + 1), title=f"Trip {number}"), [])
+    await store.create(session_meta("t1", tenant="other", updated_at=99), [])
+    for name in ("s1", "s4", "t1"):
+        said = replace(message_record(f"m-{name}"), text="Die Straße nach OSLO")
+        await store.append(name, [], expected_head=0, messages=[said])
+
+    async def found(*words: str, **options: Any) -> list[str]:
+        return [meta.id for meta in await store.search_sessions("acme", words, **options)]
+
+    assert await found("oslo", "STRASSE") == ["s4", "s1"]
+    assert await found("oslo", "4") == ["s4"]
+    assert await found("trip", limit=4) == ["s5", "s4", "s3", "s2"]
+    assert await found("trip", limit=4, before="s2") == ["s1", "s0"]
+    assert await found("oslo", limit=1, before="s4") == ["s1"]
+    assert await found("token_ids") == []
+    monkeypatch.setattr(session_store, "MAX_SEARCHED_SESSIONS", 2)
+    assert await found("trip") == ["s5", "s4"]
 
 
 async def test_deletion_reaches_everything_of_the_session(store: SessionStore, redis: Redis) -> None:

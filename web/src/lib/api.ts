@@ -33,6 +33,11 @@ export async function listSessions(): Promise<Session[]> {
   }
 }
 
+/** The sessions in whose title or messages all these words stand, the newest first. */
+export async function searchSessions(words: string): Promise<Session[]> {
+  return (await (await read(`/v1/sessions?limit=${PAGE}&search=${encodeURIComponent(words)}`)).json()).data;
+}
+
 /** Delete a session for good; goes through even while the page is being closed. */
 export async function deleteSession(id: string): Promise<void> {
   await request(`/v1/sessions/${id}`, { method: "DELETE", keepalive: true });

@@ -246,6 +246,12 @@ export class App {
     if (!sessions && this.line.state === "open") this.refresh(RETRY_LIST_MS);
   }
 
+  /** The ids of the sessions in which these words were said; none where the server cannot say. */
+  async search(words: string): Promise<Set<string>> {
+    const found = await this.quietly(api.searchSessions(words));
+    return new Set((found ?? []).map((session) => session.id));
+  }
+
   /** Where the open session's tokens are now. */
   async refreshHeld(): Promise<void> {
     const id = this.openId;
