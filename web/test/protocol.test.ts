@@ -90,6 +90,15 @@ it("asks every 15 s when nothing is under way, and stays while it is answered", 
   expect(sockets.length).toBe(1);
 });
 
+it("asks sooner while somebody is at the page", () => {
+  last().welcome();
+  vi.advanceTimersByTime(10_000);
+  expect(last().of("ping").length).toBe(0);
+  connection.near();
+  vi.advanceTimersByTime(5600);
+  expect(lines[2]).toBe("lost");
+});
+
 it("waits longer each time, up to 10 s, and not at all when the browser is online again", () => {
   for (const pause of [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]) {
     const before = sockets.length;

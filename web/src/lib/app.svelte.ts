@@ -14,6 +14,7 @@ const HIDDEN_FLUSH_MS = 250;
 const RETRY_ATTACH_MS = 1000;
 const RETRY_LIST_MS = 3000;
 const TYPING_EVERY_MS = 5000;
+const PRESENCE = ["pointermove", "pointerdown", "touchstart", "wheel", "keydown"]; // somebody is at the page
 
 export class App {
   line = $state.raw<Line>({ state: "connecting" });
@@ -62,23 +63,18 @@ export class App {
 
   /** Connect, and follow the address. Returns how to stop. */
   start(): () => void {
+    const stopping = new AbortController();
+    const options = { signal: stopping.signal, passive: true };
     const check = () => this.connection.check();
-    const seen = () => document.hidden || check();
-    const route = () => this.route();
-    const leave = () => this.deletions.finishAll();
-    addEventListener("online", check);
-    addEventListener("offline", check);
-    addEventListener("hashchange", route);
-    addEventListener("pagehide", leave);
-    document.addEventListener("visibilitychange", seen);
+    for (const name of ["online", "offline"]) addEventListener(name, check, options);
+    for (const name of PRESENCE) addEventListener(name, () => this.connection.near(), options);
+    addEventListener("hashchange", () => this.route(), options);
+    addEventListener("pagehide", () => this.deletions.finishAll(), options);
+    document.addEventListener("visibilitychange", () => document.hidden || check(), options);
     this.connection.open();
     this.route();
     return () => {
-      removeEventListener("online", check);
-      removeEventListener("offline", check);
-      removeEventListener("hashchange", route);
-      removeEventListener("pagehide", leave);
-      document.removeEventListener("visibilitychange", seen);
+      stopping.abort();
       this.connection.close();
     };
   }

@@ -8,6 +8,7 @@ const FINAL_CODES = new Set([1000, 1007, 1009, 4400, 4401, 4403, 4409]);
 const UNAUTHORIZED = 4401;
 const QUIET_MS = 15_000;
 const REPLY_QUIET_MS = 2000;
+const NEAR_MS = 20_000; // for so long after they did something, somebody is at the page
 const PONG_MS = 3000;
 const WELCOME_MS = 10_000;
 const FIRST_BACKOFF_MS = 250;
@@ -77,6 +78,7 @@ export class Connection {
   private pauseMs = 0;
   private lastHeard = 0;
   private lastPing = 0;
+  private lastNear = -NEAR_MS;
   private deadline: ReturnType<typeof setTimeout> | undefined;
   private retry: ReturnType<typeof setTimeout> | undefined;
   private ticking: ReturnType<typeof setInterval> | undefined;
@@ -129,6 +131,11 @@ export class Connection {
     else if (this.retry !== undefined) this.open();
   }
 
+  /** Somebody is at the page, and should not have to find out by themselves that the line is dead. */
+  near(): void {
+    this.lastNear = Date.now();
+  }
+
   private hello(): void {
     const token = this.hooks.token();
     const client = { name: "chatserve-page", version: "2" };
@@ -163,7 +170,7 @@ export class Connection {
 
   private tick(): void {
     const now = Date.now();
-    const isDue = this.isBusy || this.unanswered.size > 0;
+    const isDue = this.isBusy || this.unanswered.size > 0 || now - this.lastNear < NEAR_MS;
     if (now - this.lastPing >= QUIET_MS || (isDue && now - this.lastHeard >= REPLY_QUIET_MS)) this.ping();
   }
 
