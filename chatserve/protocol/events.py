@@ -111,10 +111,11 @@ def response_object(
     usage: Usage | None = None,
     timings: Timings | None = None,
     cache: Cache | None = None,
+    resumed: bool = False,
     incomplete_reason: IncompleteReason | None = None,
     error: Mapping[str, Any] | None = None,
 ) -> Event:
-    """The `response` object, as far as it is known."""
+    """The `response` object, as far as it is known. `resumed`: it was interrupted and went on."""
     return _without_none(
         {
             "id": response_id,
@@ -126,6 +127,7 @@ def response_object(
             "usage": usage,
             "timings": timings,
             "cache": cache,
+            "resumed": resumed or None,
             "incomplete_details": {"reason": incomplete_reason} if incomplete_reason else None,
             "error": error,
         }

@@ -46,7 +46,10 @@ class IncompleteDetails(TypedDict):
 
 
 class Response(TypedDict):
-    """One reply. `text`, `usage`, `timings` and `cache` come with its end; `text` also while it runs, in snapshots."""
+    """One reply. `text`, `usage`, `timings` and `cache` come with its end; `text` also while it runs, in snapshots.
+
+    `resumed` is there, and true, where it was interrupted and went on.
+    """
 
     id: str
     message_id: str
@@ -57,6 +60,7 @@ class Response(TypedDict):
     usage: NotRequired[Usage]
     timings: NotRequired[Timings]
     cache: NotRequired[Cache]
+    resumed: NotRequired[bool]
     incomplete_details: NotRequired[IncompleteDetails]
     error: NotRequired[ErrorObject]
 

@@ -42,11 +42,12 @@ def cache_object(
 class Account:
     """The running account of one response with `num_input` tokens; see `cache_object` for the other two.
 
-    Times are taken when it is told of something.
+    `resumed`: it was interrupted and went on. Times are taken when it is told of something.
     """
 
     def __init__(self, *, num_input: int, num_history: int, planned_reason: str | None) -> None:
         self.cache: Cache | None = None
+        self.resumed = False
         self._num_input = num_input
         self._num_history = num_history
         self._planned_reason = planned_reason

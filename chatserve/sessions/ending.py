@@ -52,6 +52,7 @@ def response_of(plan: TurnPlan, outcome: Outcome, said: Said, account: Account) 
         usage=account.usage(num_output),
         timings=account.timings(num_output),
         cache=account.cache,
+        resumed=account.resumed,
         incomplete_reason=outcome.incomplete_reason,
         error=outcome.error.as_object() if outcome.error else None,
     )

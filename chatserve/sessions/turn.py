@@ -223,6 +223,7 @@ class Turn:
         return "stop" if self._reply.is_cut else None
 
     def _announce_resumed(self) -> None:
+        self._account.resumed = True
         self._writer.put_event(events.response_resumed(response_id=self.response_id, offset=self._reply.num_shown))
 
     async def _finish(self, outcome: Outcome) -> None:

@@ -73,8 +73,10 @@ async def test_a_death_at_any_event_does_not_change_the_text(stage: Stage, cut_a
     assert response["text"] == undisturbed_response["text"]
     assert response["usage"]["output_tokens"] == undisturbed_response["usage"]["output_tokens"] == 14
     assert response["usage"]["input_tokens"] == undisturbed_response["usage"]["input_tokens"]
+    assert response.get("resumed", False) == is_resumed
     after = await successor.ask(session_id, "b", max_output_tokens=2)
     assert after["response"]["cache"]["result"] == ("hit" if is_resumed else "miss")
+    assert "resumed" not in after["response"]
 
 
 @pytest.mark.parametrize("cut_after", range(3, 14))

@@ -179,7 +179,7 @@ async def test_an_engine_that_was_replaced_is_announced(stage: Stage) -> None:
     resumed = next(event for event in events if event["type"] == "response.resumed")
     before = [event for event in events if event["type"].endswith("delta") and event["seq"] < resumed["seq"]]
     assert resumed["offset"] == len("".join(event["delta"] for event in before)) > 0
-    assert events[-1]["response"]["text"] == REPLY
+    assert (events[-1]["response"]["text"], events[-1]["response"]["resumed"]) == (REPLY, True)
 
 
 async def test_one_response_at_a_time(stage: Stage) -> None:

@@ -6,7 +6,7 @@ import { Deletions, UNDO_MS } from "./deletions.svelte.ts";
 import { titleFrom } from "./describe.ts";
 import { CommandError, Connection, type Line, newKey } from "./protocol.ts";
 import { type Conversation, type Message, branch, fromSnapshot, reduce, tip } from "./reducer.ts";
-import { apiKey, draftOf, keepApiKey, keepDraft, keepResumed, resumed } from "./stored.ts";
+import { apiKey, draftOf, keepApiKey, keepDraft } from "./stored.ts";
 import type { Attached, HeldTokens, Params, Pending, Session, SessionEvent, Toast } from "./types.ts";
 
 const REFRESH_MS = 150;
@@ -126,7 +126,6 @@ export class App {
     const { verdict, state } = reduce(this.latest, event);
     if (verdict === "gap") void this.attach();
     if (verdict !== "apply") return;
-    if (event.type === "response.resumed") keepResumed(event.response_id as string);
     const ended = this.latest.active && !state.active;
     this.take(state);
     if (event.type === "message.created" && this.isPending(state)) this.settle();
@@ -163,7 +162,7 @@ export class App {
 
   private attached({ epoch, head_seq, snapshot }: Attached): void {
     if (!snapshot) return;
-    const state = fromSnapshot({ ...snapshot, epoch, head_seq }, resumed());
+    const state = fromSnapshot({ ...snapshot, epoch, head_seq });
     this.take(state);
     this.flush();
     if (this.pending?.messageId && state.messages.has(this.pending.messageId)) this.settle();

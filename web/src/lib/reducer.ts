@@ -34,15 +34,15 @@ export function judge(lastSeq: number, event: { seq: number; seq_from?: number }
   return (event.seq_from ?? event.seq) === lastSeq + 1 ? "apply" : "gap";
 }
 
-/** A session as the server gives it; `resumed` are responses that are known to have gone on after an interruption. */
-export function fromSnapshot(snapshot: Snapshot, resumed: ReadonlySet<string> = new Set()): Conversation {
+/** A session as the server gives it. */
+export function fromSnapshot(snapshot: Snapshot): Conversation {
   const { messages, active_response, context, epoch, head_seq, ...session } = snapshot;
-  const known = new Map(messages.map((message) => [message.id, toMessage(message, resumed)]));
+  const known = new Map(messages.map((message) => [message.id, toMessage(message)]));
   const state: Conversation = {
     id: snapshot.id, epoch, seq: head_seq, session, messages: known, headId: snapshot.head_id ?? null,
     active: null, context, deleted: false,
   };
-  return active_response ? begin(state, active_response, resumed.has(active_response.id)) : state;
+  return active_response ? begin(state, active_response) : state;
 }
 
 /** Take one event of the session's log. At a gap the caller attaches again from `seq`. */
@@ -87,11 +87,11 @@ export function tip(state: Conversation, message: Message): Message {
 const find = (state: Conversation, id: string | null) => (id === null ? undefined : state.messages.get(id));
 const codePoints = (text: string) => text.length - (text.match(/[\uD800-\uDBFF][\uDC00-\uDFFF]/g)?.length ?? 0);
 
-function toMessage(message: StoredMessage, resumed: ReadonlySet<string> = new Set()): Message {
+function toMessage(message: StoredMessage): Message {
   const text = message.content.map((part) => part.text ?? "").join("");
   return {
     id: message.id, parentId: message.parent_id ?? null, role: message.role, text, response: message.response,
-    resumed: resumed.has(message.response?.id ?? ""),
+    resumed: message.response?.resumed,
   };
 }
 
@@ -123,11 +123,11 @@ function withSession(state: Conversation, session: Session): Conversation {
   return { ...state, session: { ...state.session, ...session }, headId };
 }
 
-function begin(state: Conversation, response: Response, resumed = false): Conversation {
+function begin(state: Conversation, response: Response): Conversation {
   const known = state.messages.get(response.message_id);
   const reply: Message = {
     id: response.message_id, parentId: response.parent_id, role: "assistant",
-    text: response.text ?? known?.text ?? "", response, resumed,
+    text: response.text ?? known?.text ?? "", response,
   };
   return put(state, reply, { headId: reply.id, active: response });
 }

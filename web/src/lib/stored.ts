@@ -1,11 +1,8 @@
-// What this browser keeps: drafts, the theme and which replies were resumed for good, the API key for this tab. Works
-// without storage, too.
+// What this browser keeps: drafts and the theme for good, the API key for this tab. Works without storage, too.
 
 const DRAFT = "chatserve.draft.";
 const THEME = "chatserve.theme";
 const KEY = "chatserve.key";
-const RESUMED = "chatserve.resumed";
-const MAX_RESUMED = 200;
 
 export type Theme = "system" | "light" | "dark";
 
@@ -34,11 +31,6 @@ export const keepDraft = (sessionId: string | null, text: string): void => set(l
 export const theme = (): Theme => (get(local, THEME) as Theme | null) ?? "system";
 export const apiKey = (): string | null => get(tab, KEY);
 export const keepApiKey = (key: string): void => set(tab, KEY, key);
-
-/** Replies that went on after an interruption: only the log says it, and the log is not kept for long. */
-export const resumed = (): Set<string> => new Set(get(local, RESUMED)?.split(" "));
-export const keepResumed = (responseId: string): void =>
-  set(local, RESUMED, [...resumed().add(responseId)].slice(-MAX_RESUMED).join(" "));
 
 /** Colours by the person's choice, else the system's. */
 export function applyTheme(chosen: Theme): void {

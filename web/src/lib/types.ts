@@ -43,6 +43,7 @@ export interface Response {
   usage?: Usage;
   timings?: Timings;
   cache?: Cache;
+  resumed?: boolean;
   incomplete_details?: { reason: string };
   error?: ErrorObject;
 }
