@@ -148,12 +148,7 @@ class SessionManager:
 
         With `words`: those that have each of them in their title or messages.
         """
-        listed = (
-            await self._store.search_sessions(tenant, words, limit, before)
-            if words
-            else await self._store.list_sessions(tenant, limit, before)
-        )
-        return [views.session_view(meta) for meta in listed]
+        return [views.session_view(meta) for meta in await self._store.list_sessions(tenant, limit, before, words)]
 
     async def get_session(self, tenant: str, session_id: str) -> View:
         """A session with its messages, its running response and the context left."""

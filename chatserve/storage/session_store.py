@@ -247,36 +247,20 @@ class SessionStore:
         """Drop the events before `min_seq`."""
         await self._execute("XTRIM", session_key(session_id, "log"), "MINID", "=", f"{min_seq}-0")
 
-    async def list_sessions(self, tenant: str, limit: int = 50, before: str | None = None) -> list[SessionMeta]:
+    async def list_sessions(
+        self, tenant: str, limit: int = 50, before: str | None = None, words: Sequence[str] = ()
+    ) -> list[SessionMeta]:
         """The tenant's sessions, last updated first; `before` is the id of the last session of the page before.
 
-        Raises `BadRequest` where `before` is not in the tenant's list.
+        With `words`: those that have each of them in their title or messages, whatever their case, among the latest
+        `MAX_SEARCHED_SESSIONS`. Raises `BadRequest` where `before` is not in the tenant's list.
         """
         first = 0 if before is None else await self._rank(tenant, before) + 1
+        if words:
+            return await self._search(tenant, [word.casefold() for word in words], limit, first)
         ids = await self._execute("ZREVRANGE", tenant_key(tenant), first, first + limit - 1)
         rows = await self._pipeline([("HGETALL", session_key(session_id.decode(), "meta")) for session_id in ids])
         return [unpack_meta(row) for row in rows if row]
-
-    async def search_sessions(
-        self, tenant: str, words: Sequence[str], limit: int = 50, before: str | None = None
-    ) -> list[SessionMeta]:
-        """As `list_sessions`, of those that have each of the words in their title or messages, whatever their case.
-
-        Only the latest `MAX_SEARCHED_SESSIONS` are looked through, some at a time, so that others are served meanwhile.
-        """
-        wanted = [word.casefold() for word in words]
-        first = 0 if before is None else await self._rank(tenant, before) + 1
-        found: list[SessionMeta] = []
-        while len(found) < limit and first < MAX_SEARCHED_SESSIONS:
-            ids = await self._execute("ZREVRANGE", tenant_key(tenant), first, first + SEARCHED_AT_ONCE - 1)
-            if not ids:
-                break
-            names = [session_id.decode() for session_id in ids]
-            metas = await self._pipeline([("HGETALL", session_key(name, "meta")) for name in names])
-            messages = await self._pipeline([("HVALS", session_key(name, "msgs")) for name in names])
-            found += await asyncio.to_thread(_with_words, wanted, metas, messages)
-            first += len(ids)
-        return found[:limit]
 
     async def sessions_before(self, time_ms: int, limit: int) -> list[tuple[str, str]]:
         """At most `limit` sessions of any tenant that were last updated before the time, as (tenant, session id)."""
@@ -315,6 +299,20 @@ class SessionStore:
         if earlier is not None:
             self._watch.on_duplicate()
         return earlier
+
+    async def _search(self, tenant: str, words: Sequence[str], limit: int, first: int) -> list[SessionMeta]:
+        """Looks through some sessions at a time, so that others are served meanwhile."""
+        found: list[SessionMeta] = []
+        while len(found) < limit and first < MAX_SEARCHED_SESSIONS:
+            ids = await self._execute("ZREVRANGE", tenant_key(tenant), first, first + SEARCHED_AT_ONCE - 1)
+            if not ids:
+                break
+            names = [session_id.decode() for session_id in ids]
+            metas = await self._pipeline([("HGETALL", session_key(name, "meta")) for name in names])
+            messages = await self._pipeline([("HVALS", session_key(name, "msgs")) for name in names])
+            found += await asyncio.to_thread(_with_words, words, metas, messages)
+            first += len(ids)
+        return found[:limit]
 
     async def _rank(self, tenant: str, session_id: str) -> int:
         rank = await self._execute("ZREVRANK", tenant_key(tenant), session_id)

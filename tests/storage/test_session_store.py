@@ -226,7 +226,7 @@ async def test_sessions_are_found_by_what_was_said(store: SessionStore, monkeypa
         await store.append(name, [], expected_head=0, messages=[said])
 
     async def found(*words: str, **options: Any) -> list[str]:
-        return [meta.id for meta in await store.search_sessions("acme", words, **options)]
+        return [meta.id for meta in await store.list_sessions("acme", words=words, **options)]
 
     assert await found("oslo", "STRASSE") == ["s4", "s1"]
     assert await found("oslo", "4") == ["s4"]
