@@ -85,10 +85,12 @@ def context_view(live: LiveSession, max_context: int) -> View:
 def num_branch_tokens(live: LiveSession) -> int:
     """The tokens from the beginning to the branch head; where ids are not stored, by what the last reply took."""
     path = branch(live)
+    if has_ids(path):
+        return sum(len(message.token_ids) for message in path)
     num_behind = 0
     for message in reversed(path):
         num_behind += len(message.token_ids)
-        if (usage := (message.response or {}).get("usage")) and not has_ids(path):
+        if usage := (message.response or {}).get("usage"):
             return int(usage["input_tokens"]) + num_behind
     return num_behind
 
