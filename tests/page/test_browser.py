@@ -295,7 +295,8 @@ async def test_scrolling_yields(home: Home, open_page):
     seen = await page.locator("#messages").evaluate("it => it.scrollTop")
     length = len(await shown(replies(page)))
     await page.wait_for_function(f"() => document.querySelector('.prose').innerText.length > {length + 60}")
-    assert await page.locator("#messages").evaluate("it => it.scrollTop") == seen
+    now = await page.locator("#messages").evaluate("it => it.scrollTop")
+    assert now <= seen  # the wheel may still have been turning
     await latest.click()
     await expect(latest).to_have_count(0)
     assert await to_end(page) < 80
