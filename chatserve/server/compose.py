@@ -60,7 +60,6 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
         report("Taking up the sessions")
         limits = SessionLimits(resume_ttl_s=settings.resume_ttl_s)
         limited = limited_engine(engine, settings)
-        priorities = {key.tenant: key.limits.priority or 0 for key in settings.keys}
         sessions = SessionManager(
             store,
             limited,
@@ -68,7 +67,7 @@ async def compose(settings: ServeSettings, report: Callable[[str], None]) -> Asy
             records,
             limits,
             on_response=metrics.note_response,
-            priority_of=lambda tenant: priorities.get(tenant, 0),
+            priority_of=session_priority(settings),
         )
         stack.push_async_callback(sessions.close)
         await sessions.start()
@@ -119,6 +118,12 @@ def limited_engine(engine: Engine, settings: ServeSettings) -> LimitedEngine:
     tenants = {key.tenant: key.limits for key in settings.keys}
     max_turns = engine.info.max_running + settings.max_waiting
     return LimitedEngine(engine, TurnLimiter(tenants, settings.default_limits, max_turns=max_turns))
+
+
+def session_priority(settings: ServeSettings) -> Callable[[str], int]:
+    """How much rather than others' a tenant's histories are kept."""
+    priorities = {key.tenant: key.limits.priority or 0 for key in settings.keys}
+    return lambda tenant: priorities.get(tenant, 0)
 
 
 def session_quota(settings: ServeSettings) -> Callable[[str], int | None]:

@@ -6,7 +6,7 @@ import pytest
 
 from chatserve.engine import defaults
 from chatserve.errors import StartupError
-from chatserve.server.compose import compose, engine_config
+from chatserve.server.compose import compose, engine_config, session_priority
 from chatserve.server.listener import bind, url_of
 from chatserve.settings import load_settings
 
@@ -94,3 +94,10 @@ def test_disk_space_by_default(monkeypatch, tmp_path):
     assert defaults.disk_tier_bytes("cuda", directory) == (2 << 30) + (1 << 18)
     free["bytes"] = 3 << 30
     assert defaults.disk_tier_bytes("cuda", directory) == 0
+
+
+def test_priorities_of_tenants(tmp_path):
+    """Those behind the keys; whose key has none, and who is no tenant, have none."""
+    (tmp_path / "keys").write_text("alice=alices-key priority=2\nbob=bobs-key-2\n")
+    priority_of = session_priority(load_settings({"api_keys_file": str(tmp_path / "keys")}))
+    assert [priority_of(tenant) for tenant in ("alice", "bob", "local")] == [2, 0, 0]

@@ -33,7 +33,7 @@ export async function listSessions(): Promise<Session[]> {
   }
 }
 
-/** The sessions in whose title or messages all these words stand, the newest first. */
+/** The latest sessions, at most 200, in whose title or messages all these words stand. */
 export async function searchSessions(words: string): Promise<Session[]> {
   return (await (await read(`/v1/sessions?limit=${PAGE}&search=${encodeURIComponent(words)}`)).json()).data;
 }
