@@ -22,6 +22,8 @@ from kvstore.transfer import Transfer, Transfers
 HELD_SHARE = 8  # at most one page in so many is held because it is on its way down
 WRITE_BYTES = 32 << 20  # at a time: for so long others wait who make something durable on that disk, like a log
 REST = 2.0  # times as long as a write took, the disk is left to others
+REST_WHILE_AWAITED = 8.0  # where somebody waits for a first token, which is sent once it is durable on that disk
+AWAITED_S = 0.1  # how long somebody is taken to wait on after they did: what was computed is not sent yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,9 @@ class Offloads:
         self._to_write: deque[bytes] = deque()  # keys, perhaps forgotten since
         self._offloads: deque[Offload] = deque()
         self._writing: Writing | None = None
-        self._rested_s = 0.0  # by then the next write may begin
+        self._wrote_s = 0.0  # when the last write ended
+        self._write_took_s = 0.0
+        self._awaited_s = -AWAITED_S  # when somebody last waited for a first token
 
     @property
     def is_moving(self) -> bool:
@@ -102,14 +106,16 @@ class Offloads:
         """This page should go down, after those queued before."""
         self._to_offload.append(page)
 
-    def tend(self, *, may_begin: bool, in_haste: bool = False) -> None:
+    def tend(self, *, may_begin: bool, is_awaited: bool = False, in_haste: bool = False) -> None:
         """Take in what has arrived and send what should go; from the device only where that `may_begin` now.
 
-        `in_haste`: the disk has not to rest.
+        `is_awaited`: somebody waits for a first token, so the disk rests longer. `in_haste`: it has not to rest.
         """
         while self._offloads and self._offloads[0].transfer.done():
             self._finish_offload(self._offloads.popleft())
         self._finish_writing()
+        if is_awaited:
+            self._awaited_s = time.monotonic()
         while may_begin and self._begin_offload():
             pass
         if self._writing is None and self._disk is not None and (in_haste or self._may_write):
@@ -118,7 +124,10 @@ class Offloads:
     @property
     def _may_write(self) -> bool:
         """Whether the disk has rested, or host memory is half full of what is not on it."""
-        return time.monotonic() >= self._rested_s or len(self._to_write) > self._host.num_slots // 2
+        now_s = time.monotonic()
+        rest = REST_WHILE_AWAITED if now_s < self._awaited_s + AWAITED_S else REST
+        has_rested = now_s >= self._wrote_s + rest * self._write_took_s
+        return has_rested or len(self._to_write) > self._host.num_slots // 2
 
     def _begin_offload(self) -> bool:
         """Send the next batch; False where there is none, no memory for it, or enough on its way."""
@@ -171,8 +180,8 @@ class Offloads:
         if writing is None or not writing.job.done():
             return
         self._writing = None
-        now_s = time.monotonic()
-        self._rested_s = now_s + REST * (now_s - writing.began_s)
+        self._wrote_s = time.monotonic()
+        self._write_took_s = self._wrote_s - writing.began_s
         for copy in writing.copies:
             self._host.unpin(copy)
         num_written = 0 if writing.job.exception() else writing.job.result()

@@ -161,14 +161,15 @@ class KVStore:
         boundary = [match.boundary.page] if match.boundary else []
         return self.tiers.take_sources([*match.pages.tolist(), *boundary], match.num_tokens)
 
-    def tend(self, *, idle: bool = False, busy_s: float = 0.0) -> bool:
+    def tend(self, *, idle: bool = False, busy_s: float = 0.0, is_awaited: bool = False) -> bool:
         """Take care of what moves between tiers, once a step; whether there is more to do soon.
 
         `idle`: nothing runs. `busy_s`: for about so long the device is busy with what it was given.
+        `is_awaited`: somebody waits for a first token.
         """
         if self.tiers is None:
             return False
-        self.tiers.tend(idle=idle, busy_s=busy_s)
+        self.tiers.tend(idle=idle, busy_s=busy_s, is_awaited=is_awaited)
         self._forgetter.tend()
         return self.tiers.is_busy or self._forgetter.is_busy
 

@@ -135,14 +135,18 @@ class Tiers:
                 counts[source] += min(end, num_tokens) - start
         return counts
 
-    def tend(self, *, idle: bool = False, busy_s: float = 0.0, in_haste: bool = False) -> None:
+    def tend(
+        self, *, idle: bool = False, busy_s: float = 0.0, is_awaited: bool = False, in_haste: bool = False
+    ) -> None:
         """Take in what has arrived and send what should go; quick, once a step. `idle`: nobody needs the device.
 
-        `busy_s`: for about so long it is busy with what it was given. `in_haste`: the disk has not to rest.
+        `busy_s`: for about so long it is busy with what it was given. `is_awaited`: somebody waits for a first token.
+        `in_haste`: the disk has not to rest.
         """
         self.transfers.pace(busy_s)
         self.promotions.advance()
-        self.offloads.tend(may_begin=idle or self._is_short, in_haste=in_haste)
+        is_awaited = is_awaited or self.promotions.is_moving
+        self.offloads.tend(may_begin=idle or self._is_short, is_awaited=is_awaited, in_haste=in_haste)
 
     def promote(self, salt: bytes, tokens: TokenArray) -> Promotion | None:
         """Begin to bring back the next part of a history behind what is in the index.

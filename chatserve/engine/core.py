@@ -100,7 +100,8 @@ class EngineCore:
     def step(self) -> None:
         """Schedule, run, commit: what was launched in this step, or the step before if the runner works beside us."""
         self._finish_cancelled(self._scheduler.waiting)
-        self.store.tend(busy_s=self._expected_s(self._in_flight) if self._in_flight else 0.0)
+        busy_s = self._expected_s(self._in_flight) if self._in_flight else 0.0
+        self.store.tend(busy_s=busy_s, is_awaited=self._scheduler.is_awaited)
         self._warming.go_on()
         work = self._schedule()
         self._refuse_unservable()

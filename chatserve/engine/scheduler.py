@@ -67,6 +67,11 @@ class Scheduler:
         self._free_slots = list(range(max_running))
         self._clock = clock
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a first token."""
+        return bool(self.waiting) or any(request.started_s is None for request in self.running)
+
     def schedule(self) -> list[Work]:
         """The next step's work, decodes first; empty when nothing waits or runs, or all there is is in flight."""
         self._admit()

@@ -382,3 +382,17 @@ def test_a_copy_that_never_ends_is_not_waited_for(monkeypatch):
         core.step()
         events += core.take_events()
     assert tokens_of(events) == expected_reply(prompt, 4)
+
+
+def test_the_store_knows_whether_a_first_token_is_awaited(monkeypatch):
+    """From when a turn has come until its first token, and no longer: the tiers give way meanwhile."""
+    core, awaited = make_core(), []
+    tend = core.store.tend
+    monkeypatch.setattr(
+        core.store, "tend", lambda *, is_awaited=False, **told: awaited.append(is_awaited) or tend(**told)
+    )
+    submit(core, "r", "s", list(range(150)), max_output_tokens=4)  # three steps of 64 to the first token
+    run_until_idle(core)
+    num_awaited = awaited.index(False)
+    assert 3 <= num_awaited <= 4  # the last of the three may be known a step later
+    assert not any(awaited[num_awaited:])

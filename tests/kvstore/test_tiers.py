@@ -159,6 +159,24 @@ def test_the_disk_rests_between_writes(tmp_path, monkeypatch, host_pages, writte
     store.close()
 
 
+def test_the_disk_rests_longer_while_a_first_token_is_awaited(tmp_path, monkeypatch):
+    """What makes a turn durable on the same disk does not wait for histories that are written there."""
+    monkeypatch.setattr(offload, "WRITE_BYTES", 2 * PAGE_BYTES)
+    monkeypatch.setattr(offload, "REST", 0.0)
+    monkeypatch.setattr(offload, "REST_WHILE_AWAITED", 1e6)
+    store = tiered_store(tmp_path / "kv")
+    run_turn(store, "s", b"t", list(range(80)))  # 8 pages
+    until_s = time.monotonic() + 0.2
+    while time.monotonic() < until_s:
+        assert store.tend(idle=True, is_awaited=True)
+    assert store.stats().written_pages == 2
+    deadline_s = time.monotonic() + 30
+    while store.tend(idle=True):  # nobody waits any more
+        assert time.monotonic() < deadline_s
+    assert store.stats().written_pages == store.stats().offloaded_pages
+    store.close()
+
+
 def test_a_flipped_byte_on_disk_is_recomputed(tmp_path):
     """What the checksum refuses, and what lies behind it, is computed again; the rows before it are used."""
     store = tiered_store(tmp_path / "kv")
