@@ -78,8 +78,8 @@ class Load:
             {
                 "verb": "submit", "request_id": f"r{self._count}", "session_id": session_id, "tenant": "t",
                 "num_history": 0, "history_hash": b"", "num_history_sent": 0,
-                "token_ids": array("i", token_ids).tobytes(), "num_generated": 0, "max_output_tokens": num_tokens,
-                "sampling": {}, "stop_token_ids": [], "reuse": True,
+                "token_ids": array("i", token_ids).tobytes(), "num_generated": 0,
+                "num_computed": 0, "max_output_tokens": num_tokens, "sampling": {}, "stop_token_ids": [], "reuse": True,
             }
         )  # fmt: skip
 

@@ -81,7 +81,7 @@ def submit(core: EngineCore, name: str, num_tokens: int) -> None:
         {
             "verb": "submit", "request_id": name, "session_id": name, "tenant": "t", "num_history": 0,
             "history_hash": b"", "num_history_sent": 0, "token_ids": ids.tobytes(), "num_generated": 0,
-            "max_output_tokens": num_tokens, "sampling": {}, "stop_token_ids": [], "reuse": True,
+            "num_computed": 0, "max_output_tokens": num_tokens, "sampling": {}, "stop_token_ids": [], "reuse": True,
         }
     )  # fmt: skip
 

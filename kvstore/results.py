@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from kvstore.arrays import PageArray
 from kvstore.layout import KVLayout
 from kvstore.node import Node, Resident, Tail
 
+Missing = Literal[
+    "below", "expired", "gone"
+]  # rows the index lacks: in a tier below, let go by a full disk, or neither
 NO_PAGES: PageArray = np.zeros(0, np.int64)
 
 

@@ -24,6 +24,7 @@ from kvstore.pool import PagePool
 from kvstore.promotion import Promotion
 from kvstore.radix import RadixIndex
 from kvstore.residency import Residency
+from kvstore.results import Missing
 from kvstore.session import Lease, Session
 from kvstore.stats import KVStats
 from kvstore.tiers import Below, Tiers
@@ -226,6 +227,13 @@ class KVStore:
         on_device = max(self.resident_tokens(session_id), self.layout.complete_tokens(len(pages)))
         below = self.tiers.below(namespace, tokens, len(pages)) if self.tiers else {}
         return {"device": min(on_device, len(tokens)), **below}
+
+    def missing(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> Missing:
+        """Where the rows are that the index does not have of a history."""
+        tokens, namespace = as_token_array(token_ids), self._namespace(session_id, salt)
+        if self.tiers is None:
+            return "gone"
+        return self.tiers.missing(namespace, tokens, len(self._index.lookup(namespace, tokens)))
 
     def restore_s(self, session_id: str, salt: bytes, token_ids: Sequence[int] | TokenArray) -> float:
         """How long it would take to bring back what tiers below have of a history, by what it took before."""

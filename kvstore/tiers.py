@@ -25,6 +25,7 @@ from kvstore.layout import KVLayout
 from kvstore.offload import Offloads
 from kvstore.pool import PagePool
 from kvstore.promotion import Promotion, Promotions
+from kvstore.results import Missing
 from kvstore.transfer import Transfers
 
 UNUSED_SHARE = 3 / 4  # of the device: when less can be handed out, pages go down beside the steps
@@ -198,6 +199,13 @@ class Tiers:
         ends = [self._rows_of(num_before, found[:count]) for count in (0, num_host, len(found))]
         return {"host": ends[1] - ends[0], "disk": ends[2] - ends[1]}
 
+    def missing(self, salt: bytes, tokens: TokenArray, num_before: int) -> Missing:
+        """Where the rows behind the first `num_before` pages are."""
+        if self._find_below(salt, tokens, num_before):
+            return "below"
+        was_evicted = self.disk.was_evicted if self.disk is not None else None
+        return "expired" if was_evicted and self._find(salt, tokens, num_before, was_evicted) else "gone"
+
     def restore_s(self, salt: bytes, tokens: TokenArray, num_before: int) -> float:
         """How long bringing these back would take, by what it took before; 0 for nothing."""
         return self._restoring_s(self._find_below(salt, tokens, num_before))
@@ -258,23 +266,32 @@ class Tiers:
 
     def _find_below(self, salt: bytes, tokens: TokenArray, num_before: int) -> list[NamedPage]:
         """The pages behind the first ones that lie below, up to the first that does not, or a tail in its place."""
+        return self._find(salt, tokens, num_before, self._is_below)
+
+    def _find(
+        self, salt: bytes, tokens: TokenArray, num_before: int, is_wanted: Callable[[bytes], bool]
+    ) -> list[NamedPage]:
+        """The pages behind the first ones whose keys are wanted, up to one that is not, or a tail in its place."""
         keys = self.keys.of_path(salt, tokens)
-        below = list(takewhile(self._is_below, keys[num_before:]))
-        found = [NamedPage(key, self.layout.page_bytes) for key in below]
-        num_pages = num_before + len(below)
-        tail = self._find_tail(keys[num_pages - 1] if num_pages else self.keys.root(salt), tokens, num_pages)
+        wanted = list(takewhile(is_wanted, keys[num_before:]))
+        found = [NamedPage(key, self.layout.page_bytes) for key in wanted]
+        num_pages = num_before + len(wanted)
+        before = keys[num_pages - 1] if num_pages else self.keys.root(salt)
+        tail = self._find_tail(before, tokens, num_pages, is_wanted)
         if tail is not None and (found or self._rows_of(num_before, [tail]) > self.depth(salt, tokens)):
             found.append(tail)
         return found
 
-    def _find_tail(self, before: bytes, tokens: TokenArray, num_pages: int) -> NamedPage | None:
-        """The longest tail below that continues a path's complete pages; each length has a key of its own."""
+    def _find_tail(
+        self, before: bytes, tokens: TokenArray, num_pages: int, is_wanted: Callable[[bytes], bool]
+    ) -> NamedPage | None:
+        """The longest tail with a wanted key behind a path's complete pages; each length has a key of its own."""
         first = self.keys.first_token(num_pages)
         most = min(len(tokens), self.keys.first_token(num_pages + 1) - 1)
         for end in range(most, first - 1, -1):
             num_bytes = self.layout.boundary_bytes(end)
             key = self.keys.tail(before, tokens[first:end])
-            if num_bytes and self._is_below(key):
+            if num_bytes and is_wanted(key):
                 return NamedPage(key, num_bytes)
         return None
 

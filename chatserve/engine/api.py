@@ -35,6 +35,7 @@ class GenerationRequest:
     """One unit of engine work. `token_ids` is the whole path of the session, ending in what must be answered.
 
     The first `num_history` of them were part of an earlier request of this session, so only a hash of them travels.
+    The first `num_computed` were computed before, perhaps by another engine: of these it is told why any are missing.
     The last `num_generated` were already generated for this very response (continued after an interruption).
     `stop_token_ids` end the response; `max_output_tokens` counts from the response's start.
     """
@@ -48,6 +49,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: Sequence[int] = ()
     num_generated: int = 0
+    num_computed: int = 0
     reuse: bool = True
 
 
@@ -55,7 +57,7 @@ class GenerationRequest:
 class Started:
     """Prefill is done. `cached_tokens` of the input came from the tier named; times in milliseconds.
 
-    `miss_reason` counts where less of the history was found than was computed before.
+    `miss_reason`: why less was found than was computed before; None too where computing again was sooner than reading.
     """
 
     cached_tokens: dict[str, int]

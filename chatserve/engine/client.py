@@ -233,6 +233,7 @@ class EngineClient:
                 "num_history_sent": num_sent_before,
                 "token_ids": ids[num_sent_before:].tobytes(),
                 "num_generated": request.num_generated + len(stream.generated),
+                "num_computed": request.num_computed,
                 "max_output_tokens": request.max_output_tokens,
                 "sampling": request.sampling.as_map(),
                 "stop_token_ids": list(request.stop_token_ids),

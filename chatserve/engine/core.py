@@ -258,7 +258,7 @@ class EngineCore:
             sampling=SamplingParams(**command["sampling"]),
             stop_token_ids=frozenset(command["stop_token_ids"]),
             reuse=command["reuse"],
-            num_history=command["num_history"],
+            num_computed=command["num_computed"],
             history_known=command["session_id"] in self._history,
             arrived_s=self._clock(),
         )
@@ -320,17 +320,18 @@ class EngineCore:
         return None
 
     def _miss_reason(self, request: Request) -> str | None:
-        """Why less of the history was there than could have been: the last sampled token never has a KV row.
-
-        Of a history that was sent whole it is not known how much was computed before: the front end knows.
-        """
+        """Why less of the history was there than could have been; None where it was computed sooner than read."""
         failure = self._warming.take_failure(request.session_id) or request.read_failure
-        if request.num_history and request.num_cached_tokens >= request.num_history - 1:
+        if request.num_missing <= 0:
             return None
         if not request.reuse:
             return "input_changed"
         if failure is not None:
             return failure
+        if request.missing == "below":
+            return None
+        if request.missing == "expired":
+            return "expired"
         if request.history_known:
             return "evicted"
         return "model_changed" if self.store.holds_foreign_pages else "not_saved"

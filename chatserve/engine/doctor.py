@@ -123,6 +123,7 @@ def _answer(core: EngineCore, session_id: str, token_ids: Sequence[int]) -> int:
             "session_id": session_id,
             "tenant": "doctor",
             "num_history": 0,
+            "num_computed": 0,
             "history_hash": b"",
             "num_history_sent": 0,
             "token_ids": array("i", token_ids).tobytes(),

@@ -11,6 +11,7 @@ from chatserve.engine.history import TokenIds
 from kvstore import Lease
 from kvstore.arrays import TokenArray
 from kvstore.promotion import Promotion
+from kvstore.results import Missing
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +22,7 @@ class Request:
     the step after it was sampled. `max_tokens` is the length at which the request ends, for `limit_reason`.
     `promotion` brings back a part of what tiers below have of it, until they have `has_asked_below` no more for this
     admission; `num_restored` tokens came from each, in `restored_s`, and `read_failure` says why some did not come.
+    The first `num_computed` were computed before; where not all of them were found, `missing` says where the rest is.
     Steps in flight run ahead of what is known: `num_scheduled` tokens have rows or will have, `num_unknown` were
     sampled on the device and have not arrived. `slot` is the place of the last one of them there.
     """
@@ -35,7 +37,7 @@ class Request:
     sampling: SamplingParams
     stop_token_ids: frozenset[int]
     reuse: bool
-    num_history: int
+    num_computed: int
     history_known: bool
     arrived_s: float
     lease: Lease | None = None
@@ -52,6 +54,7 @@ class Request:
     num_restored: dict[str, int] = field(default_factory=dict)
     restored_s: float = 0.0
     read_failure: str | None = None
+    missing: Missing | None = None
     leader: Request | None = field(default=None, repr=False)
     leader_tokens: int = 0
     given: TokenArray = field(init=False, repr=False)  # the ids it came with, to compare with others'
@@ -62,6 +65,11 @@ class Request:
     def tokens(self) -> TokenArray:
         """A copy of `token_ids`."""
         return np.array(self.token_ids, np.int32)
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens computed before whose rows were not found; the last one sampled then never had one."""
+        return self.num_computed - 1 - self.num_cached_tokens
 
     @property
     def kv_length(self) -> int:

@@ -14,6 +14,7 @@ from chatserve.engine.waiting import WaitingQueue
 from kvstore import KVStore, Lease, OutOfPages
 from kvstore.arrays import common_prefix
 from kvstore.promotion import Promotion
+from kvstore.results import Missing
 
 OLDEST_SHARE = 4  # the oldest prefill gets at least this fraction of a step
 PROMOTED_AHEAD = 8  # waiting requests whose histories are brought back before there is room for them
@@ -183,9 +184,16 @@ class Scheduler:
             request.admitted_s = self._clock()
             request.num_cached_tokens = lease.num_cached_tokens
             request.num_restored = self._store.take_sources(request.session_id, request.salt, request.given)
+            request.missing = self._missing(request)
         self._end_promotion(request)
         self.running.append(request)
         return True
+
+    def _missing(self, request: Request) -> Missing | None:
+        """Where the rows are that were not found; None where all were."""
+        if request.num_missing <= 0:
+            return None
+        return self._store.missing(request.session_id, request.salt, request.given[: request.num_computed - 1])
 
     def _lease_whole_prompt(self, request: Request) -> Lease | None:
         """Rows for every token the request has, or None with nothing held: two half-admitted ones could deadlock."""

@@ -29,13 +29,13 @@ def cache_object(
 
     An earlier turn computed `num_history` tokens, but the last one sampled never had a KV row: with one less cached
     it is a hit. Where `planned_reason` says that the history itself fell short (a first turn, a changed template), a
-    beginning shared with anything else counts as partial.
+    beginning shared with anything else counts as partial. No reason where computing again was sooner than reading.
     """
     num_cached = sum(cached_tokens.values())
     slowest = next((tier for tier in reversed(_TIERS) if cached_tokens.get(tier)), None)
     if planned_reason is None and num_cached >= num_history - 1:
         return {"result": "hit", "restored_from": slowest, "reason": None}
-    reason = cast(MissReason, planned_reason or engine_reason or "not_saved")
+    reason = cast("MissReason | None", planned_reason or engine_reason)
     return {"result": "partial" if num_cached else "miss", "restored_from": slowest, "reason": reason}
 
 

@@ -78,6 +78,7 @@ class TurnPlan:
             sampling=SamplingParams(self.temperature, self.top_p, self.top_k, self.min_p, self.seed),
             stop_token_ids=() if self.ignore_eos else eos_token_ids,
             num_generated=num_generated,
+            num_computed=self.num_history,
         )
 
 

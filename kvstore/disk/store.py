@@ -8,6 +8,7 @@ thread may read. Every method but `read` may raise OSError, after which only `re
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from kvstore.disk.records import ERASED_KEY, HEADER_BYTES, Payload, Reason, foot
 from kvstore.disk.segments import Flaw, Record, Segment, SegmentWriter, erase_records, load_segment, read_record
 
 MAX_SEGMENT_BYTES = 256 << 20
+MAX_EVICTED_KEYS = 50_000  # remembered, about 10 MB
 MIN_SEGMENTS = 4  # one being written, one being moved, two that stay
 SEGMENTS_PER_BUDGET = 16
 # For sessions that return, 4/5 gives nearly the hits of exact LRU with little copying; 7/8 writes twice as much.
@@ -77,6 +79,7 @@ class SegmentStore:
         """Read what is there; `on_flaw` hears of each file or record that is not what was written."""
         self.index = RecordIndex()
         self.evicted = 0
+        self._evicted_keys: OrderedDict[bytes, None] = OrderedDict()
         self.evicted_bytes = 0
         self.moved_bytes = 0
         self._directory = directory
@@ -102,6 +105,10 @@ class SegmentStore:
     def read(self, record: Record, payload: memoryview, header: bytearray | None = None) -> Flaw | None:
         """Fill the first `record.length` bytes; what they hold after a flaw is undefined."""
         return read_record(self._calls, record, header or bytearray(HEADER_BYTES), payload)
+
+    def was_evicted(self, key: bytes) -> bool:
+        """Whether the key's record was forgotten to make room, not long ago, and is not there again."""
+        return key in self._evicted_keys and key not in self.index
 
     def write(self, records: Iterable[tuple[bytes, Payload]]) -> None:
         """Store records whose keys the index does not have, each key once; they are durable when this returns."""
@@ -257,6 +264,9 @@ class SegmentStore:
     def _count_evicted(self, record: Record) -> None:
         self.evicted += 1
         self.evicted_bytes += record.length
+        self._evicted_keys[record.key] = None
+        if len(self._evicted_keys) > MAX_EVICTED_KEYS:
+            self._evicted_keys.popitem(last=False)
 
     def _delete(self, segment: Segment) -> None:
         """Remove a file nothing of which is wanted; its number is never used again, so readers find it or nothing."""

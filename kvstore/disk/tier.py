@@ -79,7 +79,7 @@ class DiskTier:
 
     Threads: `put`, `compact` and `close` belong to one thread; everything else may be called from any thread at any
     time. What reads holds a lock for dictionary operations only. Every call may wait for the disk, save `contains`,
-    `touch`, `keys`, `stats` and `drop`.
+    `was_evicted`, `touch`, `keys`, `stats` and `drop`.
 
     `was_foreign` says whether the records were another fingerprint's before.
 
@@ -170,6 +170,10 @@ class DiskTier:
     def contains(self, key: bytes) -> bool:
         """Whether there is a record; it has not been read yet, so it may still turn out to be a miss."""
         return key in self._store.index
+
+    def was_evicted(self, key: bytes) -> bool:
+        """Whether a record was forgotten to make room since the tier was opened; the last ones are remembered."""
+        return self._store.was_evicted(key)
 
     def touch(self, key: bytes) -> bool:
         """Count the key as used now; whether there is a record."""

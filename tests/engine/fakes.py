@@ -88,8 +88,9 @@ def submit(core: EngineCore, request_id: str, session_id: str, token_ids: Sequen
     """Submit a whole-history request as the client does after `need_tokens`."""
     command = {
         "verb": "submit", "request_id": request_id, "session_id": session_id, "tenant": "t", "num_history": 0,
-        "history_hash": b"", "num_history_sent": 0, "token_ids": array("i", token_ids).tobytes(), "num_generated": 0,
-        "max_output_tokens": 8, "sampling": {}, "stop_token_ids": [], "reuse": True,
+        "history_hash": b"", "num_history_sent": 0, "token_ids": array("i", token_ids).tobytes(),
+        "num_generated": 0, "num_computed": 0, "max_output_tokens": 8, "sampling": {}, "stop_token_ids": [],
+        "reuse": True,
     }  # fmt: skip
     core.handle(command | fields)
 

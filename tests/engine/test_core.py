@@ -369,6 +369,27 @@ def test_a_returning_history_is_restored_before_its_turn(monkeypatch):
     core.close(1)
 
 
+@pytest.mark.parametrize(
+    ("missing", "known", "reason"),
+    [("below", True, None), ("expired", True, "expired"), ("gone", True, "evicted"), ("gone", False, "not_saved")],
+)
+def test_the_reason_of_a_miss(monkeypatch, missing, known, reason):
+    """Nothing is lost where computing was sooner; else it is told what became of the history."""
+    core, prompt = returning_core(monkeypatch, up=lambda *_: NeverTransfer())
+    core.store.note_computed(1000, 1e-6)
+    core.store.tiers.promotions.host_cost.observe(1, 10.0)
+    if missing != "below":
+        monkeypatch.setattr(core.store, "missing", lambda *_: missing)
+    if not known:
+        core._history.forget("s")
+    submit(core, "again", "s", prompt, num_computed=len(prompt) - 3)
+    events = run_until_idle(core)["again"]
+    assert tokens_of(events) == expected_reply(prompt, 8)
+    assert set(events[0][2]) == {"device"}  # nothing was brought back
+    assert events[0][-1] == reason
+    core.close(1)
+
+
 def test_a_copy_that_never_ends_is_not_waited_for(monkeypatch):
     """The turn is computed after all, the answer is the same, and the pages that are held do not stop others."""
     monkeypatch.setattr(tiers, "PATIENCE_S", 0.05)

@@ -105,7 +105,7 @@ def test_damaged_records_are_computed_again(expected, tmp_path, place):
     largest.write_bytes(data)
     core = make_engine(tmp_path / "kv")
     path = [*PROMPT, *first, *NEXT]
-    submit(core, "again", "s", path, max_output_tokens=24, num_history=len(path) - len(NEXT))
+    submit(core, "again", "s", path, max_output_tokens=24, num_computed=len(path) - len(NEXT))
     events = run_until_idle(core, check=False, max_steps=200_000)["again"]
     assert (first, tokens_of(events)) == expected
     _, _, cached, *_, reason = events[0]
@@ -120,7 +120,7 @@ def test_histories_in_another_number_format_are_not_used(tmp_path):
     first, _ = reply(core, "s", PROMPT)
     core.close(SAVE_S)
     core = make_engine(tmp_path / "kv", dtype="bfloat16")
-    submit(core, "again", "s", [*PROMPT, *first, *NEXT], num_history=len(PROMPT) + len(first))
+    submit(core, "again", "s", [*PROMPT, *first, *NEXT], num_computed=len(PROMPT) + len(first))
     _, _, cached, *_, reason = run_until_idle(core, check=False, max_steps=200_000)["again"][0]
     assert cached == {"device": 0}
     assert reason == "model_changed"

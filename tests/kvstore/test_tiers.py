@@ -22,12 +22,19 @@ from tests.kvstore.fakes import PAGE_BYTES, FlakyMemory, make_layout, make_store
 HOST_PAGES = 200
 
 
-def tiered_store(directory: Path | None = None, *, host_pages: int = HOST_PAGES, pages: int = 16, **options) -> KVStore:
+def tiered_store(
+    directory: Path | None = None,
+    *,
+    host_pages: int = HOST_PAGES,
+    pages: int = 16,
+    disk_bytes: int = 64 << 20,
+    **options,
+) -> KVStore:
     """A store of little device memory over host memory and, where a directory is given, a disk."""
     memory = FlakyMemory()
 
     def open_disk(fingerprint: bytes, page_bytes: int) -> DiskTier:
-        return DiskTier(directory, budget_bytes=64 << 20, fingerprint=fingerprint, page_bytes=page_bytes)
+        return DiskTier(directory, budget_bytes=disk_bytes, fingerprint=fingerprint, page_bytes=page_bytes)
 
     below = Below(
         PlainBuffers(host_pages * PAGE_BYTES, PAGE_BYTES),
@@ -133,6 +140,29 @@ def test_histories_survive_a_restart_on_disk(tmp_path):
     assert returning_turn(second, "s", b"t", [*tokens, 3]) == 150
     assert second.tiers.promotions.counts.disk > 10
     second.close()
+
+
+def test_where_the_missing_rows_are(tmp_path):
+    """Below, let go because the disk was full, or in no tier at all: that is the reason a turn is told."""
+    store = tiered_store(tmp_path / "kv", host_pages=40, disk_bytes=300 * PAGE_BYTES)
+    old, recent, unknown = list(range(100)), list(range(1000, 1100)), list(range(2000, 2100))
+    run_turn(store, "old", b"t", old)
+    settle_all(store)
+    for number in range(40):  # more than everything holds
+        run_turn(store, f"s{number}", b"t", [5000 + number, *range(100)])
+        settle_all(store)
+    run_turn(store, "recent", b"t", recent)
+    settle_all(store)
+    run_turn(store, "last", b"t", list(range(3000, 3150)))
+    assert store.missing("old", b"t", old) == "expired"
+    assert store.missing("recent", b"t", recent) == "below"
+    assert store.missing("unknown", b"t", unknown) == "gone"
+    assert store.missing("old", b"someone else", old) == "gone"
+    run_turn(store, "old", b"t", old)
+    settle_all(store)
+    run_turn(store, "last", b"t", list(range(3000, 3150)))
+    assert store.missing("old", b"t", old) == "below"
+    store.close()
 
 
 def test_an_empty_disk_is_a_tier_too(tmp_path):

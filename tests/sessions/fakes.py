@@ -49,7 +49,8 @@ class FakeEngine:
         ids = list(request.token_ids)
         known = self.held.get(request.session_id, [])
         same = next((i for i, pair in enumerate(zip(known, ids)) if pair[0] != pair[1]), min(len(known), len(ids)))  # noqa: B905 - either may be longer
-        yield Started({"device": max(0, min(same, len(ids) - 1))}, 1.0, 0.0, 2.0)
+        reason = "evicted" if same < request.num_computed - 1 else None
+        yield Started({"device": max(0, min(same, len(ids) - 1))}, 1.0, 0.0, 2.0, reason)
         self.held[request.session_id] = ids[:-1]
         num_prompt = len(ids) - request.num_generated
         limit = min(num_prompt + request.max_output_tokens, self.info.max_context)

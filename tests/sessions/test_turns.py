@@ -105,8 +105,8 @@ async def test_an_evicted_history_is_a_miss_that_says_so(stage: Stage) -> None:
     nothing = await chat.ask(session_id, "how are you")
     engine.held[session_id] = engine.held[session_id][:20]
     part = await chat.ask(session_id, "really")
-    assert nothing["response"]["cache"] == {"result": "miss", "restored_from": None, "reason": "not_saved"}
-    assert part["response"]["cache"] == {"result": "partial", "restored_from": "device", "reason": "not_saved"}
+    assert nothing["response"]["cache"] == {"result": "miss", "restored_from": None, "reason": "evicted"}
+    assert part["response"]["cache"] == {"result": "partial", "restored_from": "device", "reason": "evicted"}
 
 
 async def test_a_new_first_message_is_changed_input(stage: Stage) -> None:

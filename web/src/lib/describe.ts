@@ -9,7 +9,7 @@ const REASONS: Record<string, string> = {
   template_changed: "the chat template writes earlier messages differently now",
   evicted: "the history was forgotten to make room",
   not_saved: "the history had not been saved",
-  expired: "the saved history had expired",
+  expired: "the saved history was let go to make room on the disk",
   checksum_failed: "the saved history was damaged",
   read_failed: "the saved history could not be read",
   model_changed: "the model has changed since",
