@@ -70,8 +70,8 @@ class Cache(TypedDict):
     """What was reused: `restored_from` is the slowest tier that contributed, None where nothing was.
 
     `reason` says why that was not all: `evicted` to make room in memory, `expired` from a full disk where it was the
-    longest unused, `not_saved` when the server ended. None where nothing was lacking, or what lies below was computed
-    again because that is sooner than reading it.
+    longest unused, `not_saved` where no tier had it when the server started. None where nothing was lacking, or what
+    lies below was computed again because that is sooner than reading it.
     """
 
     result: CacheResult

@@ -8,7 +8,7 @@ const REASONS: Record<string, string> = {
   input_changed: "the history was changed before this turn",
   template_changed: "the chat template writes earlier messages differently now",
   evicted: "the history was forgotten to make room",
-  not_saved: "the history had not been saved",
+  not_saved: "the history was not among what was saved",
   expired: "the saved history was let go to make room on the disk",
   checksum_failed: "the saved history was damaged",
   read_failed: "the saved history could not be read",
