@@ -11,7 +11,7 @@ from kvstore import KVLayout, KVStore
 from kvstore.planner import EvictionPlanner
 from kvstore.policy import ReturnPolicy, TokenCosts
 
-RECORDS_MODULE = "chatserve.storage.records"  # loaded by name: an engine by itself needs no Redis
+RECORDS_MODULE = "chatserve.storage.record_reader"  # loaded by name: an engine by itself needs no Redis
 PREFILL_TOKENS_PER_S = 1000.0  # any rate gives the same order while all tokens cost the same
 
 

@@ -78,3 +78,15 @@ def belongs_to(process: psutil.Process, tmp_path: Path) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(tmp_path)
     except psutil.Error:
         return False
+
+
+def test_the_front_end_is_light(live_server):
+    """Only the engine has torch, which takes seconds and hundreds of megabytes; the operator hears no word of it."""
+    front_end = psutil.Process(live_server.process.pid)
+    with_torch = [
+        "chatserve.engine.process" in process.cmdline()
+        for process in (front_end, *front_end.children(recursive=True))
+        if any("libtorch" in mapping.path for mapping in process.memory_maps())
+    ]
+    assert with_torch == [True]
+    assert "PyTorch" not in live_server.log.read_text()

@@ -11,7 +11,8 @@ from redis.asyncio import Redis
 
 from chatserve.storage import records as records_module
 from chatserve.storage.connection import open_redis
-from chatserve.storage.records import RedisRecordReader, RedisSessionRecords
+from chatserve.storage.record_reader import RedisRecordReader
+from chatserve.storage.records import RedisSessionRecords
 from chatserve.storage.session_store import SessionStore
 from kvstore.records import SessionRecord
 from tests.storage.fakes import session_meta
