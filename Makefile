@@ -10,7 +10,9 @@ SERVE_ARGS ?=
 TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# What pip would do on one core; some packages ship files that are no Python of this version.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib chatserve kvstore || true
 # The ones that need no GPU and no other choice; the rest are described in docs/performance.md.
 BENCHMARKS := bench/turn_cost.py bench/sharing.py bench/batching.py bench/store_calls.py bench/frontend.py \
 	bench/restart.py bench/scale.py
@@ -55,12 +57,17 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+define INSTALL
 	@echo "Installing into $(VENV); the first time this downloads torch and takes a few minutes."
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
-	$(PIP) --editable .
+	$(PIP) --editable '$(1)'
+	$(COMPILE)
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call INSTALL,.)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev]'
-	@touch $@
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call INSTALL,.[dev])
+	@touch $(VENV)/.installed $@
