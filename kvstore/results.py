@@ -11,9 +11,8 @@ from kvstore.arrays import PageArray
 from kvstore.layout import KVLayout
 from kvstore.node import Node, Resident, Tail
 
-Missing = Literal[
-    "below", "expired", "gone"
-]  # rows the index lacks: in a tier below, let go by a full disk, or neither
+# Where rows are that the index lacks: in a tier below, let go by a full disk, or neither.
+Missing = Literal["below", "expired", "gone"]
 NO_PAGES: PageArray = np.zeros(0, np.int64)
 
 
